@@ -1,0 +1,157 @@
+"""Tokens per second on a GPU: Llama-3-8B's shapes with random weights, and a real model.
+
+Both run kbit's own executor; only where the weights come from differs.
+"""
+
+import time
+from collections.abc import Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from kbit.engine.cuda_executor import CudaExecutor, DecodeStep
+from kbit.engine.cuda_layers import CudaLoader
+from kbit.models import Linear, describe
+from kbit_kernels import QuantSpec
+from kbit_kernels.triton import linear
+from kbit_kernels.triton.measure import medians_us, random_weight
+
+CONTEXT = 512  # positions of the cache; a step reads all of them
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000.0,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+
+
+class RandomLoader(CudaLoader):
+    """Weights of the right shapes, made on the device."""
+
+    spec = QuantSpec("int", 4)
+
+    def fused(self, parts: Sequence[Linear]) -> Any:
+        """One random matrix for the parts."""
+        shape = (sum(part.out_features for part in parts), parts[0].in_features)
+        weight = random_weight(self.spec, shape, self.dtype)
+        return partial(_apply, weight)
+
+    def matrix(self, name: str) -> torch.Tensor:
+        """A random embedding."""
+        shape = self._decoder.tensors[name].shape
+        return torch.randn(shape, device=self.device, dtype=self.dtype)
+
+    def vector(self, name: str) -> torch.Tensor:
+        """A norm's weight."""
+        return torch.ones(self._decoder.tensors[name].shape, device=self.device)
+
+
+def _apply(weight: Any, x: torch.Tensor) -> torch.Tensor:
+    return linear(x, weight)
+
+
+def bytes_of_step(executor: CudaExecutor, cache: Any) -> int:
+    """Bytes that a step reads: every quantized matrix, and the cache."""
+    layers = [
+        layer
+        for block in executor._blocks
+        for layer in (
+            block._attention._qkv,
+            block._attention._out,
+            block._mlp._up,
+            block._mlp._down,
+        )
+    ]
+    weights = sum(layer.args[0].nbytes for layer in [*layers, executor._head])
+    return weights + sum(t.nbytes for t in (*cache.keys, *cache.values))
+
+
+def decode_speed(
+    widths: tuple[int, ...],
+    copy_gb_s: float,
+    deadline: float,
+    config: dict[str, Any] = LLAMA_3_8B,
+) -> list[dict[str, Any]]:
+    """Tokens per second at batch 1 and 8 for every width; percent of the byte roofline.
+
+    `step_us` is the captured step alone; `tokens_per_s` is the executor called in a loop, with the
+    logits brought to the host and the likeliest token taken there.
+    """
+    found: list[dict[str, Any]] = []
+    decoder = describe(config)
+    for bits in sorted(widths, key=lambda k: (k != 4, k)):  # 4 bits is compared most
+        spec = QuantSpec("int", bits)
+        loader = type("Loader", (RandomLoader,), {"spec": spec})
+        kind = type("Executor", (CudaExecutor,), {"loader_class": loader})
+        executor = kind({}, decoder, "cuda", torch.float16, torch.float16)
+        for batch in (1, 8):
+            if time.monotonic() > deadline:
+                return found
+            cache = executor.new_cache(batch, CONTEXT)
+            with torch.inference_mode():
+                step = DecodeStep(executor, cache, CONTEXT, capture=True)
+                step([1] * batch, [CONTEXT - 1] * batch)
+                replay = SimpleNamespace(graph=step._graph, calls=1)
+                us = medians_us({"step": replay}, rounds=25)["step"]  # type: ignore[dict-item]
+            cache.lengths[:] = [CONTEXT - 120] * batch
+            tokens = [np.array([1])] * batch
+            for count in (20, 80):  # the first capture and warm up
+                started = time.perf_counter()
+                for _ in range(count):
+                    rows = executor.forward(tokens, cache)
+                    tokens = [np.array([row.argmax()]) for row in rows]
+                seconds = time.perf_counter() - started
+            floor_us = bytes_of_step(executor, cache) / copy_gb_s / 1e3
+            found.append(
+                {
+                    "spec": str(spec),
+                    "batch": batch,
+                    "step_us": us,
+                    "step_tokens_per_s": batch * 1e6 / us,
+                    "tokens_per_s": batch * 80 / seconds,
+                    "percent_of_byte_roofline": 100 * floor_us / us,
+                }
+            )
+            print(
+                f"{spec} batch {batch}: {batch * 1e6 / us:.0f} tok/s in the step, "
+                f"{batch * 80 / seconds:.0f} in a loop, {100 * floor_us / us:.0f}% of bytes",
+                flush=True,
+            )
+        del executor, cache, step, replay
+        torch.cuda.empty_cache()
+    return found
+
+
+def model_speed(path: str, tokens: int = 200) -> dict[str, Any]:
+    """`kbit.load(path, device="cuda")`: seconds to load, to the first token, tokens per second."""
+    import kbit
+
+    started = time.perf_counter()
+    model = kbit.load(path, backend="torch", device="cuda")
+    loaded = time.perf_counter()
+    run = partial(model.generate, "The capital of France is", temperature=0.0)
+    run(max_tokens=1)
+    first = time.perf_counter()
+    run(max_tokens=tokens)  # captures the graphs
+    started_timing = time.perf_counter()
+    done = run(max_tokens=tokens)
+    seconds = time.perf_counter() - started_timing
+    made = sum(len(completion.tokens) for completion in done)
+    return {
+        "model": path,
+        "load_s": loaded - started,
+        "first_token_s": first - loaded,
+        "tokens": made,
+        "tokens_per_s": made / seconds,
+    }

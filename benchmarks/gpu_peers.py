@@ -1,0 +1,68 @@
+"""Other people's kernels, called the way their documentation does; each may be missing.
+
+A peer is `make(n, k, x) -> calls` on rotating random weights; it raises where it can't run.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+Calls = list[Callable[[], Any]]
+
+
+def bitsandbytes_nf4(n: int, k: int, x: Any) -> Calls:
+    """bitsandbytes NF4, block 64: gemv for one row, dequantize + cuBLAS above."""
+    import bitsandbytes as bnb
+    import torch
+
+    from kbit_kernels.triton.measure import copies
+
+    calls: Calls = []
+    for _ in range(copies(n * k // 2)):
+        weight = torch.randn((n, k), device="cuda", dtype=torch.float16)
+        packed, state = bnb.functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+        calls.append(partial(bnb.matmul_4bit, x, packed.t(), quant_state=state))
+    return calls
+
+
+def tinygemm_int4(n: int, k: int, x: Any) -> Calls:
+    """torch's tinygemm, int4 in groups of 64, bf16 activations."""
+    import torch
+
+    from kbit_kernels.triton.measure import copies
+
+    calls: Calls = []
+    x = x.to(torch.bfloat16)
+    for _ in range(copies(n * k // 2)):
+        codes = torch.randint(0, 255, (n, k // 2), device="cuda", dtype=torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack(codes, 8)
+        scales = torch.rand((k // 64, n, 2), device="cuda", dtype=torch.bfloat16)
+        calls.append(partial(torch.ops.aten._weight_int4pack_mm, x, packed, 64, scales))
+    return calls
+
+
+def gemlite_int4(n: int, k: int, x: Any) -> Calls:
+    """gemlite, 4-bit weights in groups of 64, fp16 activations."""
+    import torch
+    from gemlite.core import DType, GemLiteLinear
+
+    from kbit_kernels.triton.measure import copies
+
+    calls: Calls = []
+    for _ in range(copies(n * k // 2)):
+        layer = GemLiteLinear(
+            4, group_size=64, in_features=k, out_features=n,
+            input_dtype=DType.FP16, output_dtype=DType.FP16,
+        )  # fmt: skip
+        codes = torch.randint(0, 16, (n, k), device="cuda", dtype=torch.uint8)
+        scales = torch.rand((n * k // 64, 1), device="cuda", dtype=torch.float16)
+        layer.pack(codes, scales, torch.full_like(scales, 8.0))
+        calls.append(partial(layer, x))
+    return calls
+
+
+PEERS: dict[str, Callable[[int, int, Any], Calls]] = {
+    "bitsandbytes nf4": bitsandbytes_nf4,
+    "tinygemm int4": tinygemm_int4,
+    "gemlite int4": gemlite_int4,
+}

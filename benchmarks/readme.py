@@ -1,0 +1,129 @@
+"""Write README's tables from the files under benchmarks/results/.
+
+    python benchmarks/readme.py            rewrite README.md
+    python benchmarks/readme.py --check    exit 1 if README.md is not what the results say
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`; NAME is a function below.
+"""
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+TABLES: dict[str, Callable[[], str]] = {}
+
+
+def table(function: Callable[[], str]) -> Callable[[], str]:
+    TABLES[function.__name__.replace("_", "-")] = function
+    return function
+
+
+def load(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((RESULTS / f"{name}.json").read_text())
+    return data
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def source(data: dict[str, Any]) -> str:
+    """One line that says where the numbers come from."""
+    machine = data["environment"]
+    return (
+        f"{machine['cpu']}, {machine['cores']} cores; revision {machine['git_revision']},"
+        f" {machine['date']}; `{data['command']}`"
+    )
+
+
+@table
+def quality() -> str:
+    parts = []
+    for path in sorted(RESULTS.glob("quality-*.json")):
+        data = load(path.stem)
+        base = data["unquantized"]
+        rows = [
+            [
+                "unquantized",
+                f"{8 * data['source_bytes'] / data['parameters']:.2f}",
+                f"{data['source_bytes'] / 1e6:.1f}",
+                f"{base['bits_per_byte']:.4f} ± {base['bits_per_byte_stderr']:.4f}",
+                "",
+                "",
+            ]
+        ]
+        for row in data["rows"]:
+            rows.append(
+                [
+                    f"`{row['spec']}`",
+                    f"{row['bits_per_param']:.2f}",
+                    f"{row['model_bytes'] / 1e6:.1f}",
+                    f"{row['bits_per_byte']:.4f} ± {row['bits_per_byte_stderr']:.4f}",
+                    f"{row['kl_mean']:.5f} ± {row['kl_mean_stderr']:.5f}",
+                    f"{100 * row['top1_agreement']:.2f} %",
+                ]
+            )
+        header = ["spec", "bits per parameter", "MB", "bits per byte", "KL, nats", "same top-1"]
+        tokens = f"{base['tokens']:,} tokens of {data['text']}"
+        title = f"**{data['model']}**, {tokens}"
+        parts.append(f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}</sub>")
+    return "\n\n".join(parts)
+
+
+@table
+def speed() -> str:
+    parts = []
+    for path in sorted(RESULTS.glob("decode-*.json")):
+        data = load(path.stem)
+        rows = [
+            [
+                row["engine"],
+                row["type"],
+                f"{row['bits_per_param']:.2f}" if "bits_per_param" in row else "",
+                f"{row['model_bytes'] / 1e6:.0f}" if "model_bytes" in row else "",
+                f"{row['decode_tokens_per_second']:.0f}",
+                f"{row['prompt_tokens_per_second']:.0f}",
+                f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+            ]
+            for row in data["rows"]
+        ]
+        header = [
+            "engine",
+            "type",
+            "bits per parameter",
+            "MB",
+            "decode, tokens/s",
+            f"prompt of {data['prompt']}, tokens/s",
+            "peak memory, MB",
+        ]
+        title = f"**{data['model']}**, {data['threads']} threads, medians"
+        parts.append(f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}</sub>")
+    return "\n\n".join(parts)
+
+
+def render(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"
+
+    return re.sub(r"<!-- table: ([\w-]+) -->.*?<!-- end -->", replace, text, flags=re.DOTALL)
+
+
+def main() -> None:
+    path = ROOT / "README.md"
+    before = path.read_text(encoding="utf-8")
+    after = render(before)
+    if "--check" in sys.argv[1:]:
+        if before != after:
+            sys.exit("README.md's tables are not those of benchmarks/results; run this script")
+    elif before != after:
+        path.write_text(after, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

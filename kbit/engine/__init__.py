@@ -1,0 +1,1 @@
+"""Executors of described decoders, and generation on top of them."""

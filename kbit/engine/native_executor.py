@@ -1,0 +1,311 @@
+"""The native executor: every layer of a step in one call of the C++ library."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Sequence
+from ctypes import POINTER, byref, c_char, c_int32, c_int64, c_void_p
+from functools import cache, lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from kbit.engine.executor import Weights
+from kbit.engine.native_plan import CacheSpec, DecoderSpec, LayerSpec, Plan, plan_support, pointers
+from kbit.engine.native_plan import rotaries as rotaries_of
+from kbit.errors import KbitError
+from kbit.models import Decoder, Rotary
+from kbit_kernels.cpu import library
+from kbit_kernels.tensor import QuantizedTensor
+
+CACHE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+KEY_BLOCK, KEY_CHUNK = 16, 64  # kKeyBlock and kKeyChunk of plan.h
+INT8_MOST_BITS = 4  # wider weights lose to 8-bit inputs more than 2 % of their own divergence
+ALIGNMENT = 64  # of keys and values: vectors that straddle cache lines load at half the speed
+
+
+class _Error(ctypes.Structure):
+    _fields_ = (("text", c_char * 256),)
+
+
+@cache
+def _native() -> ctypes.CDLL:
+    native = library.load()
+    error = POINTER(_Error)
+    native.kbit_decoder_sizes.restype = c_int64
+    native.kbit_decoder_new.restype = c_void_p
+    native.kbit_decoder_new.argtypes = [POINTER(DecoderSpec), error]
+    native.kbit_decoder_free.restype = None
+    native.kbit_decoder_free.argtypes = [c_void_p]
+    native.kbit_decoder_bytes.restype = c_int64
+    native.kbit_decoder_bytes.argtypes = [c_void_p]
+    native.kbit_decoder_forward.restype = c_int32
+    native.kbit_decoder_forward.argtypes = [
+        c_void_p,
+        POINTER(CacheSpec),
+        c_void_p,
+        c_void_p,
+        c_void_p,
+        c_int32,
+        c_void_p,
+        error,
+    ]
+    sizes = [ctypes.sizeof(spec) for spec in (DecoderSpec, LayerSpec, CacheSpec)]
+    mine = sizes[0] << 32 | sizes[1] << 16 | sizes[2]
+    assert native.kbit_decoder_sizes() == mine, "plan.h and native_plan.py differ"
+    return native
+
+
+def supports(decoder: Decoder, device: str) -> tuple[bool, str]:
+    """Every decoder that the plan can express, on the CPU, where the library is built."""
+    if device != "cpu":
+        return False, f"it runs on the CPU, not on {device!r}"
+    try:
+        _native()
+    except KbitError as error:
+        return False, str(error)
+    able, reason = plan_support(decoder)
+    return able, f"{library.best_isa()}, {reason}" if able else reason
+
+
+def load(
+    checkpoint: Weights,
+    decoder: Decoder,
+    device: str = "cpu",
+    *,
+    dtype: str = "fp32",
+    cache_dtype: str = "fp32",
+    threads: int | None = None,
+    arithmetic: str = "float",
+    isa: str | None = None,
+) -> NativeExecutor:
+    """An executor over the checkpoint's memory-mapped tensors.
+
+    cache_dtype: of keys and values, "fp32" or "fp16". threads: default_threads() where None.
+    arithmetic: "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many
+    bits), or "fast", the fewest of them that add at most 2 % to the weights' own divergence. isa:
+    an instruction set instead of the best. Raises KbitError for unknown options and tensors that
+    don't fit.
+    """
+    assert device == "cpu"
+    if dtype != "fp32":
+        raise KbitError(
+            f"dtype is {dtype!r}, but the native executor computes in fp32; leave it out, or ask "
+            "for the backend torch"
+        )
+    _known("cache_dtype", cache_dtype, CACHE_TYPES)
+    _known("arithmetic", arithmetic, (*library.ARITHMETICS, "fast"))
+    if arithmetic == "fast":
+        arithmetic = fast_arithmetic(checkpoint, decoder)
+    if isa is not None:
+        _known("isa", isa, library.ISAS)
+    if threads is not None and threads < 1:
+        raise KbitError(f"threads is {threads}, but has to be 1 or above")
+    return NativeExecutor(checkpoint, decoder, cache_dtype, threads, arithmetic, isa)
+
+
+def _known(option: str, value: str, known: Sequence[str] | dict[str, np.dtype]) -> None:
+    if value not in known:
+        raise KbitError(f"{option} {value!r} is not known (known: {', '.join(known)})")
+
+
+def fast_arithmetic(checkpoint: Weights, decoder: Decoder) -> str:
+    """What benchmarks/results/arithmetic-*.json allow: int8 for models of up to 4 bits, int16 for
+    others. The widest matrix decides; one that isn't quantized counts for nothing, its products are
+    exact anyway."""
+    tensors = (checkpoint.tensor(i.name) for i in decoder.tensors.values() if len(i.shape) == 2)
+    widths = [t.spec.bits for t in tensors if isinstance(t, QuantizedTensor)]
+    return "int8" if max(widths, default=0) <= INT8_MOST_BITS else "int16"
+
+
+def default_threads() -> int:
+    """The physical cores among those that this process may use: two threads on one core share its
+    vector units and its bandwidth."""
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    cores = set()
+    for cpu in os.sched_getaffinity(0):
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        try:
+            cores.add(siblings.read_text())
+        except OSError:
+            cores.add(str(cpu))
+    return len(cores)
+
+
+class NativeCache:
+    """Keys and values of a batch of sequences, preallocated and zeroed by the system on first use.
+
+    Layouts: kKeyBlock in plan.h.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: int,
+        capacity: int,
+        dtype: np.dtype,
+        tables: Sequence[tuple[np.ndarray, np.ndarray]],
+    ) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * batch
+        room = -(-capacity // KEY_CHUNK) * KEY_CHUNK
+        sizes = []
+        for layer in decoder.layers:
+            rows = batch * layer.attention.kv_heads * room
+            padded = -(-layer.attention.head_dim // KEY_BLOCK) * KEY_BLOCK
+            sizes += [rows * layer.attention.head_dim, rows * padded]
+        starts = np.cumsum([0, *sizes]) * dtype.itemsize
+        self._memory = np.zeros(int(starts[-1]) + ALIGNMENT, np.uint8)
+        self._tables = tables
+        base = -(-self._memory.ctypes.data // ALIGNMENT) * ALIGNMENT
+        layers = max(len(decoder.layers), 1)
+        keys = (c_void_p * layers)(*(base + int(start) for start in starts[:-1:2]))
+        values = (c_void_p * layers)(*(base + int(start) for start in starts[1::2]))
+        self.spec = CacheSpec(
+            batch,
+            room,
+            int(dtype == np.float16),
+            keys,
+            values,
+            pointers(cos for cos, _ in tables),
+            pointers(sin for _, sin in tables),
+        )
+
+    @property
+    def batch(self) -> int:
+        """The number of sequences."""
+        return len(self.lengths)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget a sequence's tokens from position `length` on."""
+        if not 0 <= length <= self.lengths[sequence]:
+            raise KbitError(
+                f"a sequence of {self.lengths[sequence]} tokens can't be cut to {length}"
+            )
+        self.lengths[sequence] = length
+
+
+class NativeExecutor:
+    """See kbit.engine.executor.Executor and, for the computation, kbit.models.base.
+
+    Not for several threads at once; its own threads sleep between calls.
+    """
+
+    name = "native"
+
+    def __init__(
+        self,
+        checkpoint: Weights,
+        decoder: Decoder,
+        cache_dtype: str,
+        threads: int | None,
+        arithmetic: str,
+        isa: str | None,
+    ) -> None:
+        self.decoder = decoder
+        self.threads = threads or default_threads()
+        self.arithmetic = arithmetic
+        self.isa = isa or library.best_isa()
+        self._cache_dtype = CACHE_TYPES[cache_dtype]
+        self._rotaries = rotaries_of(decoder)
+        self._library = _native()
+        self._handle: int | None = None
+        self._plan = Plan(
+            checkpoint,
+            decoder,
+            self.threads,
+            library.ARITHMETICS.index(arithmetic),
+            library.ISAS.index(self.isa),
+        )
+        error = _Error()
+        self._handle = self._library.kbit_decoder_new(byref(self._plan.spec), byref(error))
+        if not self._handle:
+            raise KbitError(f"the native executor refuses the model: {error.text.decode()}")
+
+    def __del__(self) -> None:
+        if getattr(self, "_handle", None):
+            self._library.kbit_decoder_free(self._handle)
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of weights that one decode step reads."""
+        return self._library.kbit_decoder_bytes(self._handle)
+
+    def new_cache(self, batch: int, capacity: int) -> NativeCache:
+        """An empty cache for `batch` sequences of up to `capacity` tokens each."""
+        decoder = self.decoder
+        if batch < 1 or capacity < 1:
+            raise KbitError(
+                f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
+            )
+        if decoder.positions is not None and capacity > decoder.max_positions:
+            raise KbitError(
+                f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
+                f"learned positions for {decoder.max_positions} only"
+            )
+        tables = [_tables(rotary, capacity) for rotary in self._rotaries]
+        return NativeCache(decoder, batch, capacity, self._cache_dtype, tables)
+
+    def forward(
+        self, tokens: Sequence[np.ndarray], cache: NativeCache, *, all_logits: bool = False
+    ) -> list[np.ndarray]:
+        """See Executor.forward."""
+        V = self.decoder.vocab_size
+        parts = [np.asarray(part).reshape(-1) for part in tokens]
+        counts = np.array([part.size for part in parts], dtype=np.int32)
+        flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
+        self._check(parts, flat, counts, cache)
+        selected = flat.size if all_logits else np.count_nonzero(counts)
+        logits = np.empty((selected, V), np.float32)
+        if flat.size:
+            ids = flat.astype(np.int32)
+            lengths = np.array(cache.lengths, dtype=np.int64)
+            error = _Error()
+            done = self._library.kbit_decoder_forward(
+                self._handle,
+                byref(cache.spec),
+                ids.ctypes.data,
+                counts.ctypes.data,
+                lengths.ctypes.data,
+                all_logits,
+                logits.ctypes.data,
+                byref(error),
+            )
+            if not done:
+                raise KbitError(f"the native executor failed: {error.text.decode()}")
+            for row, count in enumerate(counts.tolist()):
+                cache.lengths[row] += count
+        if all_logits:
+            return np.split(logits, np.cumsum(counts)[:-1])
+        found = iter(logits)
+        return [next(found) if count else np.empty(0, np.float32) for count in counts.tolist()]
+
+    def _check(
+        self, parts: Sequence[np.ndarray], flat: np.ndarray, counts: np.ndarray, cache: NativeCache
+    ) -> None:
+        if len(parts) != cache.batch:
+            raise KbitError(f"{len(parts)} sequences were given to a cache of {cache.batch}")
+        for row, (count, length) in enumerate(zip(counts.tolist(), cache.lengths, strict=True)):
+            if length + count > cache.capacity:
+                raise KbitError(
+                    f"sequence {row} would grow to {length + count} tokens, "
+                    f"the cache holds {cache.capacity}"
+                )
+        known = self.decoder.vocab_size
+        if flat.size and not 0 <= flat.min() <= flat.max() < known:
+            row = next(
+                row for row, part in enumerate(parts) if part.size and not _within(part, known)
+            )
+            raise KbitError(f"sequence {row} has a token outside the vocabulary of {known}")
+
+
+def _within(tokens: np.ndarray, known: int) -> bool:
+    return bool(0 <= tokens.min() <= tokens.max() < known)
+
+
+@lru_cache(maxsize=4)
+def _tables(rotary: Rotary, capacity: int) -> tuple[np.ndarray, np.ndarray]:
+    cos, sin = rotary.tables(capacity)
+    return np.ascontiguousarray(cos), np.ascontiguousarray(sin)

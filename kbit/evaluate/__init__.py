@@ -1,0 +1,1 @@
+"""What a model's bits cost: perplexity, bits per byte, divergence from a reference."""

@@ -1,0 +1,133 @@
+// The interface of kbit's native CPU code: matrices, their inputs, and products of the two.
+//
+// Shapes: a matrix is [N, K] (output rows, input columns), an input is T tokens of K values, a
+// product is y [T, N]. All values at the boundary are fp32. Nothing here starts threads or locks:
+// any number of threads may call `multiply` on disjoint row ranges of one matrix and one input.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace kbit {
+
+// How a matrix is stored. The numbers are part of the C ABI.
+enum Storage : int32_t {
+  kInt = 0,       // value = (code - 2^(bits-1)) * scale
+  kUint = 1,      // value = (code - zero) * scale
+  kCodebook = 2,  // value = codebook[code] * scale (+ mean)
+  kFp32 = 3,      // plain matrices: `codes` points to N*K values, row by row
+  kFp16 = 4,
+  kBf16 = 5,
+};
+
+enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScaleDouble = 3 };
+
+// float: weights dequantized in registers, fp32 sums. int8: inputs rounded to 8 bits a block, integer
+// dot products; where 16 bits cost no more (codebooks of more than 16 entries, many tokens without
+// an instruction for bytes) inputs and weights have 16. int16: 16 bits everywhere; its error is some
+// 100 times smaller than int8's. Plain matrices always use float.
+enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2 };
+
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+
+// The fastest instruction set of this machine, and whether `isa` can run here.
+Isa best_isa();
+bool isa_available(Isa isa);
+
+// A matrix as it lies in a checkpoint: pointers into memory-mapped parts, nothing owned. The layout
+// of `codes` is that of kbit_kernels/packing.py. Unused pointers are null.
+struct Tensor {
+  int64_t rows, cols;
+  int32_t storage;     // Storage
+  int32_t bits;        // 2..8 (plain matrices: ignored)
+  int32_t block;       // weights of a row that share a scale; 0: the whole row
+  int32_t scale_type;  // ScaleType of scales; of means too, unless kScaleDouble
+  int32_t mean_type;   // ScaleType of means
+  int32_t n_outliers;
+  const void* codes;                // [N, ceil(K/32) * 4 * bits] bytes
+  const void* scales;               // [N, G]
+  const uint8_t* zeros;             // [N, G], kUint
+  const void* means;                // [N, G] or null
+  const float* codebook;            // [2^bits], kCodebook
+  const float* scale_absmax;        // [ceil(N*G/256)], kScaleDouble
+  const float* scale_offset;        // [1], kScaleDouble
+  const float* scale_codebook;      // [256], kScaleDouble
+  const int32_t* outlier_columns;   // [J] ascending
+  const uint16_t* outliers;         // [N, J] fp16
+};
+
+struct Kernels;  // one instruction set's functions (kernels.h)
+class Input;
+
+// A tensor checked and made ready to multiply: small tables, no copy of the weights. The tensor's
+// parts must outlive it. Immutable, shared freely between threads.
+class Matrix {
+ public:
+  // Throws std::invalid_argument with one plain sentence if the tensor is malformed or `isa` is not
+  // available here.
+  explicit Matrix(const Tensor& tensor, Isa isa = best_isa());
+  ~Matrix();
+  Matrix(const Matrix&) = delete;
+  Matrix& operator=(const Matrix&) = delete;
+
+  int64_t rows() const { return tensor.rows; }
+  int64_t cols() const { return tensor.cols; }
+  bool plain() const { return tensor.storage >= kFp32; }
+  // Bytes that a product with one token reads of the weights.
+  int64_t bytes() const;
+  // Whether an Input made for `other` may be multiplied with this matrix too (then q, k and v, or
+  // gate and up, share one).
+  bool same_input(const Matrix& other) const;
+
+  Tensor tensor;
+  Isa isa;
+  const Kernels* kernels;
+  int32_t step;    // columns that share a scale inside the kernels: min(block, 64), 64 for a row
+  int32_t groups;  // G
+  struct Tables;   // lookup tables of the codebook, by arithmetic
+  const Tables* tables;
+};
+
+// The activations of T tokens, prepared for one arithmetic and for matrices of the same_input.
+// Reused from step to step: memory grows to the largest T seen and stays.
+class Input {
+ public:
+  Input() = default;
+  ~Input();
+  Input(const Input&) = delete;
+  Input& operator=(const Input&) = delete;
+
+  // Room for `tokens` tokens of `matrix`. One thread; before `load`.
+  void shape(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens);
+  // Prepares tokens [begin, end) from x[token * stride]. Threads may share the tokens; for a single
+  // token it costs about as much as a norm, so that a thread may as well fill an Input of its own
+  // instead of waiting at a barrier. NaN and infinity pass on to the products.
+  void load(const float* x, int64_t stride, int64_t begin, int64_t end);
+
+  const Matrix* matrix = nullptr;
+  Arithmetic arithmetic = kFloat;
+  int64_t tokens = 0;
+  int64_t padded = 0;          // K rounded up to 64; the padding is zero
+  int32_t width = 0;           // bits of a value: 32 (kFloat), 8, or 16 (see kInt8)
+  int32_t limit = 0;           // the largest magnitude of an integer value
+  void* values = nullptr;      // [T, padded] float, int8_t or int16_t
+  int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
+  float* scales = nullptr;     // [T, blocks], integers only
+  float* sums = nullptr;       // [T, blocks], of the values as they were rounded
+  float* outliers = nullptr;   // [T, J]: the values of the outlier columns, which are 0 above
+
+ private:
+  void* memory_ = nullptr;
+  size_t capacity_ = 0;
+};
+
+// y[t * stride + n] = sum_k input[t, k] * matrix[n, k], for all tokens and rows [begin, end). Any
+// range works; multiples of 32 are fastest. Overwrites y.
+void multiply(const Matrix& matrix, const Input& input, float* y, int64_t stride, int64_t begin,
+              int64_t end);
+
+// out[(n - begin) * stride + k] = the weight as the reference computes it, rows [begin, end); an
+// embedding is a row of it.
+void dequantize(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);
+
+}  // namespace kbit

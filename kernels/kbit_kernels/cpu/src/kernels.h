@@ -1,0 +1,76 @@
+// What the instruction sets share: their function table, and the lookup tables of a codebook.
+#pragma once
+
+#include "kbit.h"
+
+// On loops whose count is a constant and whose arrays shall be registers.
+#define KBIT_UNROLL _Pragma("GCC unroll 16")
+
+namespace kbit {
+
+// A matrix to be quantized, and how its weights divided by scales [N, G] become codes.
+struct Weights {
+  const void* values;  // [N, K] of a ScaleType
+  int32_t type;
+  int64_t rows, cols, block;  // block: K for a row
+  const int32_t* outlier_columns;
+  const int32_t* first_outlier;  // [U + 1]: the first outlier of each unit of 32 columns
+};
+struct Rounding {
+  int32_t bits;
+  const float* scales;
+  const uint8_t* zeros;    // [N, G], or null: `center` is added to every rounded weight
+  float center;
+  const float* midpoints;  // [2^bits - 1] between codebook entries, or null for integers
+};
+
+struct Kernels {
+  void (*load)(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end);
+  void (*multiply)(const Matrix& matrix, const Input& input, float* y, int64_t stride,
+                   int64_t begin, int64_t end);
+  void (*dequantize)(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);
+  bool (*block_ranges)(const Weights& w, float* low, float* high, int64_t begin, int64_t end);
+  void (*encode)(const Weights& w, const Rounding& how, uint8_t* codes, int64_t begin, int64_t end);
+  // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
+  // weights of up to `byte_bits` bits, and with codebooks if `byte_codebooks`, else 16-bit ones.
+  int64_t tile_tokens;
+  int32_t byte_bits;
+  bool byte_codebooks;
+};
+
+// Null where the compiler or the target cannot build them.
+extern const Kernels* const portable_kernels;
+extern const Kernels* const avx2_kernels;
+extern const Kernels* const avx512_kernels;
+const Kernels* kernels_of(Isa isa);
+
+// Bounds on integer weights and inputs: the products of 64 columns fit in 31 bits.
+constexpr int kNarrowLimit = 127;     // int8 weights and inputs
+constexpr int kWideWeights = 4095;    // int16 codebook values ...
+constexpr int kWideInputs = 8191;     // ... times int16 inputs
+constexpr int kNarrowEntries = 16;    // larger codebooks take 16-bit values and inputs
+
+// Fewer, slower variants of each kernel: for builds under sanitizers, which take long.
+#ifdef KBIT_COMPACT
+constexpr bool kCompactBuild = true;
+#else
+constexpr bool kCompactBuild = false;
+#endif
+
+constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded to it
+
+// A codebook as the kernels look it up; entry i repeats at i + 2^bits, so that bits above the code
+// need no mask. `xor` tables serve byte shuffles of 16 entries: entry (j, i) holds
+// table[16j+i] ^ table[16(j-1)+i], except that chains start anew at 0 and 128; looking up a code
+// then is the xor of the shuffles j = 0 .. code/16, the later ones yielding 0.
+struct Matrix::Tables {
+  alignas(64) float values[256];
+  alignas(64) int8_t narrow[64];        // up to 16 entries: value ~ narrow * narrow_scale
+  alignas(64) uint8_t wide[2][256];     // bytes, low first, of int16: value ~ wide * wide_scale
+  alignas(64) uint8_t wide_xor[2][256];
+  alignas(64) uint8_t bytes[4][256];    // bytes, low first, of `values`
+  alignas(64) uint8_t bytes_xor[4][256];
+  float narrow_scale, wide_scale;
+};
+
+}  // namespace kbit

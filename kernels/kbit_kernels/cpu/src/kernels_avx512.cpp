@@ -1,0 +1,35 @@
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "kernels.h"
+
+#if defined(__x86_64__)
+// Only what follows may use these instructions; standard headers stand above, so that no function
+// of theirs that the linker shares with other files does.
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi")
+#endif
+#include "simd_avx512.h"
+
+namespace kbit {
+namespace avx512 {
+#include "prepare.inl"
+#include "gemv.inl"
+#include "tile.inl"
+#include "quantize.inl"
+}  // namespace avx512
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+const Kernels* const avx512_kernels = &avx512::kKernels;
+
+}  // namespace kbit
+#else
+namespace kbit {
+const Kernels* const avx512_kernels = nullptr;
+}  // namespace kbit
+#endif

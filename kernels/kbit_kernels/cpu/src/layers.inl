@@ -1,0 +1,329 @@
+// Norms, activations, rotary positions and attention. Included inside the namespace of an
+// instruction set, after vec.h.
+
+// -O2 alone leaves loops over accumulators rolled, and the accumulators in memory.
+#if defined(__clang__)
+#define KBIT_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define KBIT_UNROLL _Pragma("GCC unroll 16")
+#endif
+
+// f on n floats, vector by vector; the tail goes through a padded copy.
+template <class F>
+static inline void map(const float* x, const float* y, float* out, int64_t n, F f) {
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, f(load(x + i), load(y + i)));
+  if (i < n) {
+    float a[kLanes] = {}, b[kLanes] = {};
+    const size_t rest = static_cast<size_t>(n - i) * sizeof(float);
+    std::memcpy(a, x + i, rest);
+    std::memcpy(b, y + i, rest);
+    store(a, f(load(a), load(b)));
+    std::memcpy(out + i, a, rest);
+  }
+}
+
+template <class F>
+static inline float reduce(const float* x, int64_t n, F f) {
+  Vec sums[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+    KBIT_UNROLL
+    for (int u = 0; u < 4; ++u) sums[u] += f(load(x + i + u * kLanes));
+  }
+  for (; i + kLanes <= n; i += kLanes) sums[0] += f(load(x + i));
+  float total = add_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < n; ++i) total += f(splat(x[i]))[0];
+  return total;
+}
+
+static void norm(const NormSpec& spec, const float* x, float* y) {
+  const int64_t n = spec.size;
+  const float count = static_cast<float>(n);
+  float mean = 0;
+  if (spec.kind == kLayerNorm) mean = reduce(x, n, [](Vec v) { return v; }) / count;
+  const Vec m = splat(mean);
+  const float square = reduce(x, n, [m](Vec v) { return (v - m) * (v - m); }) / count;
+  const Vec factor = splat(1.0f / std::sqrt(square + spec.eps));
+  if (spec.weight) {
+    map(x, spec.weight, y, n, [=](Vec v, Vec w) { return (v - m) * factor * w; });
+  } else {
+    map(x, x, y, n, [=](Vec v, Vec) { return (v - m) * factor; });
+  }
+  if (spec.bias) map(y, spec.bias, y, n, [](Vec v, Vec b) { return v + b; });
+}
+
+static void add(float* y, const float* x, int64_t n) {
+  map(y, x, y, n, [](Vec a, Vec b) { return a + b; });
+}
+
+static inline Vec silu(Vec x) { return x / (splat(1.0f) + exp(-x)); }
+static inline Vec gelu(Vec x) { return splat(0.5f) * x * erfc(x * splat(-0.70710678f)); }
+static inline Vec gelu_tanh(Vec x) {
+  const Vec inner = splat(0.79788456f) * (x + splat(0.044715f) * x * x * x);
+  return splat(0.5f) * x * (splat(1.0f) + tanh(inner));
+}
+// x < 0 rather than a maximum, so that NaN stays
+static inline Vec relu(Vec x) { return x < Vec{} ? Vec{} : x; }
+
+template <class F>
+static inline void gated(const float* gate, const float* up, float* out, int64_t n, F f) {
+  if (up) {
+    map(gate, up, out, n, [f](Vec g, Vec u) { return f(g) * u; });
+  } else {
+    map(gate, gate, out, n, [f](Vec g, Vec) { return f(g); });
+  }
+}
+
+static void activate(int32_t kind, const float* gate, const float* up, float* out, int64_t n) {
+  switch (kind) {
+    case kSilu: return gated(gate, up, out, n, [](Vec x) { return silu(x); });
+    case kGelu: return gated(gate, up, out, n, [](Vec x) { return gelu(x); });
+    case kGeluTanh: return gated(gate, up, out, n, [](Vec x) { return gelu_tanh(x); });
+    default: return gated(gate, up, out, n, [](Vec x) { return relu(x); });
+  }
+}
+
+static void softcap(float* x, int64_t n, float cap) {
+  const Vec c = splat(cap), inverse = splat(1.0f / cap);
+  map(x, x, x, n, [=](Vec v, Vec) { return c * tanh(v * inverse); });
+}
+
+static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
+  int64_t e = 0;
+  for (; e + kLanes <= half; e += kLanes) {
+    const Vec a = load(x + e), b = load(x + e + half), c = load(cos + e), s = load(sin + e);
+    store(x + e, a * c - b * s);
+    store(x + e + half, b * c + a * s);
+  }
+  for (; e < half; ++e) {
+    const float a = x[e], b = x[e + half];
+    x[e] = a * cos[e] - b * sin[e];
+    x[e + half] = b * cos[e] + a * sin[e];
+  }
+}
+
+template <class E>
+static void put_key(const float* k, int64_t head_dim, E* keys, int64_t position) {
+  E* out = keys + position / kKeyBlock * kKeyBlock * head_dim + position % kKeyBlock;
+  for (int64_t d = 0; d < head_dim; ++d) put(out + d * kKeyBlock, k[d]);
+}
+
+static void store_key(const float* k, int64_t head_dim, int32_t type, void* keys, int64_t position) {
+  if (type == kCacheFp16) put_key(k, head_dim, static_cast<Half*>(keys), position);
+  else put_key(k, head_dim, static_cast<float*>(keys), position);
+}
+
+template <class E>
+static void put_value(const float* v, int64_t head_dim, E* out) {
+  for (int64_t d = 0; d < head_dim; ++d) put(out + d, v[d]);
+}
+
+static void store_value(const float* v, int64_t head_dim, int64_t padded, int32_t type, void* values,
+                        int64_t position) {
+  if (type == kCacheFp16) put_value(v, head_dim, static_cast<Half*>(values) + position * padded);
+  else put_value(v, head_dim, static_cast<float*>(values) + position * padded);
+}
+
+constexpr int kBlockVecs = static_cast<int>(kKeyBlock) / kLanes;
+constexpr int kChunkBlocks = static_cast<int>(kKeyChunk / kKeyBlock);
+
+constexpr int blocks_at_once(int rows) {
+  const int fit = kRegisters / (rows * kBlockVecs);
+  return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
+}
+
+// scores[r][0..64) = q[r] . keys, for ROWS queries and one chunk of keys.
+template <class E, int ROWS>
+static inline void scores(const float* q, int64_t stride, const E* keys, int64_t head_dim, float* out) {
+  constexpr int kBlocks = blocks_at_once(ROWS);
+  for (int first = 0; first < kChunkBlocks; first += kBlocks) {
+    const E* at = keys + first * kKeyBlock * head_dim;
+    Vec sums[ROWS][kBlocks][kBlockVecs] = {};
+    for (int64_t d = 0; d < head_dim; ++d) {
+      KBIT_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        KBIT_UNROLL
+        for (int v = 0; v < kBlockVecs; ++v) {
+          const Vec k = load(at + (b * head_dim + d) * kKeyBlock + v * kLanes);
+          KBIT_UNROLL
+          for (int r = 0; r < ROWS; ++r) sums[r][b][v] = fma(splat(q[r * stride + d]), k, sums[r][b][v]);
+        }
+      }
+    }
+    KBIT_UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      KBIT_UNROLL
+      for (int b = 0; b < kBlocks; ++b) {
+        KBIT_UNROLL
+        for (int v = 0; v < kBlockVecs; ++v) {
+          store(out + r * kKeyChunk + (first + b) * kKeyBlock + v * kLanes, sums[r][b][v]);
+        }
+      }
+    }
+  }
+}
+
+// sum[r] += weights[r][j] * values[j], j in [begin, end).
+template <class E, int ROWS, int VECS>
+static inline void weigh_part(const float* weights, const E* values, int64_t padded, int64_t begin,
+                              int64_t end, float* sum) {
+  Vec sums[ROWS][VECS];
+  KBIT_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    KBIT_UNROLL
+    for (int v = 0; v < VECS; ++v) sums[r][v] = load(sum + r * padded + v * kLanes);
+  }
+  for (int64_t j = begin; j < end; ++j) {
+    KBIT_UNROLL
+    for (int v = 0; v < VECS; ++v) {
+      const Vec value = load(values + j * padded + v * kLanes);
+      KBIT_UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        sums[r][v] = fma(splat(weights[r * kKeyChunk + j]), value, sums[r][v]);
+      }
+    }
+  }
+  KBIT_UNROLL
+  for (int r = 0; r < ROWS; ++r) {
+    KBIT_UNROLL
+    for (int v = 0; v < VECS; ++v) store(sum + r * padded + v * kLanes, sums[r][v]);
+  }
+}
+
+template <class E, int ROWS>
+static inline void weigh(const float* weights, const E* values, int64_t padded, int64_t begin,
+                         int64_t end, float* sum) {
+  constexpr int kVecs = kRegisters / ROWS >= 4 ? 4 : kRegisters / ROWS >= 2 ? 2 : 1;
+  int64_t d = 0;
+  for (; d + kVecs * kLanes <= padded; d += kVecs * kLanes) {
+    weigh_part<E, ROWS, kVecs>(weights, values + d, padded, begin, end, sum + d);
+  }
+  for (; d < padded; d += kLanes) {
+    weigh_part<E, ROWS, 1>(weights, values + d, padded, begin, end, sum + d);
+  }
+}
+
+// f<R>(row) over all rows, four at a time and then the rest.
+#define KBIT_BY_ROWS(rows, call)              \
+  for (int64_t row = 0; row < (rows);) {      \
+    const int64_t left = (rows) - row;        \
+    if (left >= 4) { call(4); row += 4; }     \
+    else if (left == 3) { call(3); row += 3; } \
+    else if (left == 2) { call(2); row += 2; } \
+    else { call(1); row += 1; }               \
+  }
+
+// Scores of one row -> weights of its visible keys [a, b) of the chunk, 0 elsewhere; keeps the
+// running maximum and total, and rescales what was summed so far.
+static inline void soften(const Attend& job, int64_t row, int64_t chunk, int64_t a, int64_t b,
+                          float* s) {
+  map(s, s, s, kKeyChunk, [&](Vec v, Vec) { return v * splat(job.scale); });
+  if (job.softcap != 0) softcap(s + a, b - a, job.softcap);
+  if (job.slopes) {
+    const float slope = job.slopes[row];
+    for (int64_t j = a; j < b; ++j) s[j] -= slope * static_cast<float>(job.position[row] - chunk - j);
+  }
+  for (int64_t j = 0; j < a; ++j) s[j] = -HUGE_VALF;
+  for (int64_t j = b; j < kKeyChunk; ++j) s[j] = -HUGE_VALF;
+  Vec peaks = load(s);
+  for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) peaks = max(load(s + j), peaks);
+  float lanes[kLanes];
+  store(lanes, peaks);
+  float peak = job.peak[row];
+  for (float lane : lanes) peak = lane > peak ? lane : peak;
+  const Vec shift = splat(peak);
+  Vec total = Vec{};
+  for (int64_t j = 0; j < kKeyChunk; j += kLanes) {
+    const Vec weight = exp(load(s + j) - shift);
+    store(s + j, weight);
+    total += weight;
+  }
+  // before the first keys sum and total are 0, and the factor is 0 or (only NaN seen) NaN
+  const float factor = exp(splat(job.peak[row]) - shift)[0];
+  job.peak[row] = peak;
+  job.total[row] = job.total[row] * factor + add_lanes(total);
+  if (factor != 1.0f) {
+    float* sum = job.sum + row * job.padded;
+    for (int64_t d = 0; d < job.padded; d += kLanes) store(sum + d, load(sum + d) * factor);
+  }
+}
+
+template <class E>
+static void attend_chunk(const Attend& job, const E* keys, const E* values, int64_t chunk) {
+  float* s = job.scratch;
+#define KBIT_SCORES(R) \
+  scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, s + row * kKeyChunk)
+  KBIT_BY_ROWS(job.rows, KBIT_SCORES)
+#undef KBIT_SCORES
+  bool full = true;  // every row sees every key
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const int64_t a = std::max<int64_t>(job.low[row] - chunk, 0);
+    const int64_t b = std::min<int64_t>(job.high[row] - chunk, kKeyChunk);
+    if (a < b) soften(job, row, chunk, a, b, s + row * kKeyChunk);
+    full = full && a == 0 && b == kKeyChunk;
+  }
+  if (full) {
+#define KBIT_WEIGH(R) \
+  weigh<E, R>(s + row * kKeyChunk, values, job.padded, 0, kKeyChunk, job.sum + row * job.padded)
+    KBIT_BY_ROWS(job.rows, KBIT_WEIGH)
+#undef KBIT_WEIGH
+    return;
+  }
+  // Keys that only some rows see: rows in runs of equal limits, so that no row reads a value that
+  // it must not see (0 * NaN is NaN).
+  for (int64_t row = 0, next; row < job.rows; row = next) {
+    const int64_t low = job.low[row], high = job.high[row];
+    for (next = row + 1; next < job.rows && job.low[next] == low && job.high[next] == high;) ++next;
+    const int64_t a = std::max<int64_t>(low - chunk, 0), b = std::min<int64_t>(high - chunk, kKeyChunk);
+    if (a >= b) continue;
+    const int64_t start = row;
+    const float* weights = s + start * kKeyChunk;
+    float* sum = job.sum + start * job.padded;
+    const int64_t rows = next - start;
+    {
+#define KBIT_WEIGH(R) \
+  weigh<E, R>(weights + row * kKeyChunk, values, job.padded, a, b, sum + row * job.padded)
+      KBIT_BY_ROWS(rows, KBIT_WEIGH)
+#undef KBIT_WEIGH
+    }
+  }
+}
+
+template <class E>
+static void attend_all(const Attend& job) {
+  int64_t begin = INT64_MAX, end = 0;
+  for (int64_t row = 0; row < job.rows; ++row) {
+    job.peak[row] = -HUGE_VALF;
+    job.total[row] = 0;
+    if (job.low[row] >= job.high[row]) continue;
+    begin = std::min(begin, job.low[row]);
+    end = std::max(end, job.high[row]);
+  }
+  std::memset(job.sum, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
+  const bool widen = sizeof(E) != sizeof(float) && job.rows > 8;
+  for (int64_t chunk = begin / kKeyChunk * kKeyChunk; chunk < end; chunk += kKeyChunk) {
+    const E* keys = static_cast<const E*>(job.keys) + chunk * job.head_dim;
+    const E* values = static_cast<const E*>(job.values) + chunk * job.padded;
+    if (!widen) {
+      attend_chunk<E>(job, keys, values, chunk);
+      continue;
+    }
+    float* wide_keys = job.scratch + job.rows * kKeyChunk;
+    float* wide_values = wide_keys + kKeyChunk * job.padded;
+    for (int64_t i = 0; i < kKeyChunk * job.head_dim; i += kLanes) store(wide_keys + i, load(keys + i));
+    for (int64_t i = 0; i < kKeyChunk * job.padded; i += kLanes) store(wide_values + i, load(values + i));
+    attend_chunk<float>(job, wide_keys, wide_values, chunk);
+  }
+}
+
+static void attend(const Attend& job) {
+  if (job.type == kCacheFp16) attend_all<Half>(job);
+  else attend_all<float>(job);
+}
+
+#undef KBIT_BY_ROWS
+#undef KBIT_UNROLL
+
+static const LayerKernels kLayers = {norm,   add,       activate,    softcap,
+                                     rotate, store_key, store_value, attend};

@@ -1,0 +1,250 @@
+// Checks, tables and memory: everything that is not a kernel.
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "kbit.h"
+#include "kernels.h"
+
+namespace kbit {
+
+const Kernels* kernels_of(Isa isa) {
+  switch (isa) {
+    case kPortable: return portable_kernels;
+    case kAvx2: return avx2_kernels;
+    case kAvx512: return avx512_kernels;
+  }
+  return nullptr;
+}
+
+namespace {
+
+void require(bool good, const std::string& sentence) {
+  if (!good) throw std::invalid_argument(sentence);
+}
+
+// The factor t up to `limit` / max |value| for which round(value * t) / t is closest to the values.
+float best_factor(const float* values, int count, int limit) {
+  float peak = 0;
+  for (int i = 0; i < count; ++i) peak = std::max(peak, std::fabs(values[i]));
+  if (peak == 0) return 1;
+  double least = HUGE_VAL, best = limit / peak;
+  for (int step = 0; step <= limit; ++step) {
+    const double factor = (limit - step * 0.25) / peak;
+    double error = 0;
+    for (int i = 0; i < count; ++i) {
+      const double miss = std::nearbyint(values[i] * factor) / factor - values[i];
+      error += miss * miss;
+    }
+    if (error < least) least = error, best = factor;
+  }
+  return static_cast<float>(best);
+}
+
+void xor_chain(const uint8_t* table, uint8_t* chain) {
+  for (int i = 0; i < 256; ++i) {
+    chain[i] = i % 128 < 16 ? table[i] : static_cast<uint8_t>(table[i] ^ table[i - 16]);
+  }
+}
+
+std::unique_ptr<Matrix::Tables> make_tables(const float* codebook, int bits) {
+  auto tables = std::make_unique<Matrix::Tables>();
+  const int count = 1 << bits;
+  for (int i = 0; i < 256; ++i) tables->values[i] = codebook[i % count];
+  const float narrow = best_factor(codebook, count, kNarrowLimit);
+  const float wide = best_factor(codebook, count, kWideWeights);
+  tables->narrow_scale = 1 / narrow;
+  tables->wide_scale = 1 / wide;
+  for (int i = 0; i < 64; ++i) {
+    tables->narrow[i] = static_cast<int8_t>(std::nearbyint(tables->values[i] * narrow));
+  }
+  for (int i = 0; i < 256; ++i) {
+    const auto value = static_cast<uint16_t>(
+        static_cast<int16_t>(std::nearbyint(tables->values[i] * wide)));
+    tables->wide[0][i] = static_cast<uint8_t>(value);
+    tables->wide[1][i] = static_cast<uint8_t>(value >> 8);
+    uint32_t pattern;
+    std::memcpy(&pattern, &tables->values[i], sizeof pattern);
+    for (int byte = 0; byte < 4; ++byte) {
+      tables->bytes[byte][i] = static_cast<uint8_t>(pattern >> (8 * byte));
+    }
+  }
+  for (int byte = 0; byte < 2; ++byte) xor_chain(tables->wide[byte], tables->wide_xor[byte]);
+  for (int byte = 0; byte < 4; ++byte) xor_chain(tables->bytes[byte], tables->bytes_xor[byte]);
+  return tables;
+}
+
+// Hundreds of matrices of a model share a few codebooks; so they share tables, which then stay in
+// the cache. Tables live as long as the process.
+const Matrix::Tables* shared_tables(const float* codebook, int bits) {
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::vector<float>, std::unique_ptr<Matrix::Tables>>;
+  std::lock_guard<std::mutex> lock(mutex);
+  auto& entry = known[std::vector<float>(codebook, codebook + (1 << bits))];
+  if (!entry) entry = make_tables(codebook, bits);
+  return entry.get();
+}
+
+bool half_ok(int32_t type) { return type >= kScaleFp32 && type <= kScaleBf16; }
+
+}  // namespace
+
+bool isa_available(Isa isa) {
+  if (kernels_of(isa) == nullptr) return false;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (isa == kAvx2) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+           __builtin_cpu_supports("f16c");
+  }
+  if (isa == kAvx512) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512vbmi") &&
+           isa_available(kAvx2);
+  }
+#endif
+  return isa == kPortable;
+}
+
+Isa best_isa() {
+  for (Isa isa : {kAvx512, kAvx2}) {
+    if (isa_available(isa)) return isa;
+  }
+  return kPortable;
+}
+
+Matrix::Matrix(const Tensor& source, Isa wanted)
+    : tensor(source), isa(wanted), kernels(kernels_of(wanted)), step(kStep), groups(1), tables(nullptr) {
+  const Tensor& t = tensor;
+  require(isa_available(isa), "this machine does not have the instruction set asked for");
+  require(t.rows > 0 && t.cols > 0, "a matrix needs at least one row and one column");
+  require(t.storage >= kInt && t.storage <= kBf16, "unknown storage of a matrix");
+  require(t.codes != nullptr, "a matrix has no codes");
+  if (plain()) return;
+  require(t.bits >= 2 && t.bits <= 8, "a matrix's width is not 2 to 8 bits");
+  require(t.block == 0 || (t.block >= 16 && (t.block & (t.block - 1)) == 0),
+          "a matrix's block is neither a power of two from 16 nor a row");
+  require(t.scales != nullptr, "a matrix has no scales");
+  require(t.scale_type == kScaleDouble || half_ok(t.scale_type), "unknown type of scales");
+  require(t.scale_type != kScaleDouble ||
+              (t.scale_absmax != nullptr && t.scale_offset != nullptr && t.scale_codebook != nullptr),
+          "double-quantized scales lack their absmax, offset or codebook");
+  require(t.means == nullptr || half_ok(t.mean_type), "unknown type of means");
+  require((t.storage == kUint) == (t.zeros != nullptr), "zero points do not fit the storage");
+  require((t.storage == kCodebook) == (t.codebook != nullptr), "the codebook does not fit the storage");
+  require(t.n_outliers == 0 || (t.outlier_columns != nullptr && t.outliers != nullptr),
+          "outlier columns lack their values");
+  for (int i = 0; i < t.n_outliers; ++i) {
+    const int previous = i ? t.outlier_columns[i - 1] : -1;
+    require(t.outlier_columns[i] > previous && t.outlier_columns[i] < t.cols,
+            "outlier columns do not ascend within the matrix");
+  }
+  if (t.block != 0) {
+    step = std::min<int32_t>(t.block, kStep);
+    groups = static_cast<int32_t>((t.cols + t.block - 1) / t.block);
+  }
+  if (t.storage == kCodebook) tables = shared_tables(t.codebook, t.bits);
+}
+
+Matrix::~Matrix() = default;
+
+int64_t Matrix::bytes() const {
+  const Tensor& t = tensor;
+  if (plain()) return t.rows * t.cols * (t.storage == kFp32 ? 4 : 2);
+  const int64_t per_scale = t.scale_type == kScaleDouble ? 1 : t.scale_type == kScaleFp32 ? 4 : 2;
+  const int64_t per_mean = t.means == nullptr ? 0 : t.mean_type == kScaleFp32 ? 4 : 2;
+  const int64_t per_group = per_scale + per_mean + (t.zeros ? 1 : 0);
+  return t.rows * ((t.cols + 31) / 32 * 4 * t.bits + groups * per_group + t.n_outliers * 2);
+}
+
+namespace {
+
+// The integer inputs' bits, and the largest magnitude that they may have.
+int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
+  if (arithmetic == kFloat || matrix.plain()) return 32;
+  const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
+  const Kernels& kernels = *matrix.kernels;
+  const bool bytes = matrix.tensor.storage == kCodebook ? kernels.byte_codebooks
+                                                        : matrix.tensor.bits <= kernels.byte_bits;
+  return arithmetic == kInt16 || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
+}
+
+int32_t input_limit(const Matrix& matrix, int32_t width) {
+  if (width == 8) return kNarrowLimit;
+  return matrix.tensor.storage == kCodebook ? kWideInputs : 32767;
+}
+
+}  // namespace
+
+bool Matrix::same_input(const Matrix& other) const {
+  const Tensor &a = tensor, &b = other.tensor;
+  if (a.cols != b.cols || isa != other.isa || plain() != other.plain() || step != other.step ||
+      a.n_outliers != b.n_outliers) {
+    return false;
+  }
+  if (plain()) return true;
+  for (Arithmetic arithmetic : {kInt8, kInt16}) {
+    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens}) {
+      const int32_t width = input_width(*this, arithmetic, tokens);
+      if (width != input_width(other, arithmetic, tokens) ||
+          input_limit(*this, width) != input_limit(other, width)) {
+        return false;
+      }
+    }
+  }
+  return std::equal(a.outlier_columns, a.outlier_columns + a.n_outliers, b.outlier_columns);
+}
+
+Input::~Input() { std::free(memory_); }
+
+void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
+  matrix = &for_matrix;
+  arithmetic = for_matrix.plain() ? kFloat : wanted;
+  tokens = count;
+  width = input_width(for_matrix, arithmetic, count);
+  limit = input_limit(for_matrix, width);
+  padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
+  const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
+  blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
+  const size_t values_bytes = rounded(count * padded * (width / 8));
+  const size_t block_bytes = rounded(count * blocks * 4);
+  const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
+  const size_t bytes = values_bytes + 2 * block_bytes + outlier_bytes;
+  if (bytes > capacity_) {
+    std::free(memory_);
+    memory_ = std::aligned_alloc(64, bytes);
+    capacity_ = memory_ ? bytes : 0;
+    if (!memory_) throw std::bad_alloc();
+  }
+  char* at = static_cast<char*>(memory_);
+  values = at;
+  scales = reinterpret_cast<float*>(at + values_bytes);
+  sums = reinterpret_cast<float*>(at + values_bytes + block_bytes);
+  outliers = reinterpret_cast<float*>(at + values_bytes + 2 * block_bytes);
+}
+
+void Input::load(const float* x, int64_t stride, int64_t begin, int64_t end) {
+  matrix->kernels->load(*this, x, stride, begin, end);
+}
+
+void multiply(const Matrix& matrix, const Input& input, float* y, int64_t stride, int64_t begin,
+              int64_t end) {
+  if (begin < end && input.tokens > 0) {
+    matrix.kernels->multiply(matrix, input, y, stride, begin, end);
+  }
+}
+
+void dequantize(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end) {
+  matrix.kernels->dequantize(matrix, out, stride, begin, end);
+}
+
+}  // namespace kbit

@@ -1,0 +1,86 @@
+#include "pool.h"
+
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+namespace kbit {
+namespace {
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  _mm_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// About 50 microseconds: longer than the work between two barriers of a decode step differs between
+// threads, short enough that an idle pool costs nothing.
+constexpr int kSpins = 2000;
+
+int spins_for(int threads) {
+  const unsigned cores = std::thread::hardware_concurrency();
+  return cores != 0 && static_cast<unsigned>(threads) > cores ? 0 : kSpins;
+}
+
+}  // namespace
+
+void Barrier::wait() {
+  const uint32_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
+    arrived_.store(0, std::memory_order_relaxed);
+    // seq_cst here and below: either the last one sees a sleeper, or the sleeper sees the new phase
+    phase_.store(phase + 1, std::memory_order_seq_cst);
+    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      wake_.notify_all();
+    }
+    return;
+  }
+  for (int i = 0; i < spins_; ++i) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    relax();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  sleepers_.fetch_add(1, std::memory_order_seq_cst);
+  wake_.wait(lock, [&] { return phase_.load(std::memory_order_seq_cst) != phase; });
+  sleepers_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+Pool::Pool(int threads)
+    : threads_(threads < 1 ? 1 : threads),
+      start_(threads_, spins_for(threads_)),
+      end_(threads_, spins_for(threads_)),
+      inner_(threads_, spins_for(threads_)) {
+  for (int thread = 1; thread < threads_; ++thread) {
+    workers_.emplace_back([this, thread] { work(thread); });
+  }
+}
+
+Pool::~Pool() {
+  if (workers_.empty()) return;
+  stop_ = true;
+  start_.wait();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void Pool::work(int thread) {
+  for (;;) {
+    start_.wait();
+    if (stop_) return;
+    (*job_)(thread);
+    end_.wait();
+  }
+}
+
+void Pool::run(const std::function<void(int)>& job) {
+  std::lock_guard<std::mutex> lock(busy_);
+  if (workers_.empty()) return job(0);
+  job_ = &job;
+  start_.wait();
+  job(0);
+  end_.wait();
+}
+
+}  // namespace kbit

@@ -1,0 +1,294 @@
+// AVX-512 with VNNI and VBMI (Ice Lake, Sapphire Rapids, Zen 4 and later): 64 codes at a time.
+// See simd_portable.h for what V must have.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+
+namespace kbit {
+namespace avx512 {
+
+struct V {
+  static constexpr int kFloats = 16, kCodes = 64;
+  static constexpr int kTileVectors = 2;
+  static constexpr int tokens(int width) { return width == 32 ? 8 : 6; }
+  static constexpr int kByteBits = 8;
+  static constexpr bool kByteCodebooks = true;
+  static constexpr bool kPairSums = false;
+  static constexpr int pair_steps(int) { return 1; }
+  static constexpr bool kCompact = kCompactBuild;
+
+  typedef __m512 F;
+  typedef __m512i I;
+  typedef __m512i C;
+  typedef __m512i H;
+
+  static F set1(float a) { return _mm512_set1_ps(a); }
+  static F zero() { return _mm512_setzero_ps(); }
+  static I izero() { return _mm512_setzero_si512(); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
+  static F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
+  static void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F abs(F a) { return _mm512_abs_ps(a); }
+  static float sum(F a) { return _mm512_reduce_add_ps(a); }
+  static float peak(F a) { return _mm512_reduce_max_ps(a); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
+  static I round(F a) { return _mm512_cvtps_epi32(a); }
+  static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
+  static void store8(int8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+  }
+  static void store16(int16_t* p, I a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
+  }
+
+  template <int TYPE>
+  static F load_as(const void* base, int64_t index, int n, int64_t) {
+    if (TYPE == kScaleFp32) {
+      const float* p = static_cast<const float*>(base) + index;
+      return n == 16 ? load(p) : load_part(p, n);
+    }
+    const uint16_t* p = static_cast<const uint16_t*>(base) + index;
+    const __m256i raw = n == 16 ? _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))
+                                : _mm256_maskz_loadu_epi16(first(n), p);
+    if (TYPE == kScaleFp16) return _mm512_cvtph_ps(raw);
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(raw), 16));
+  }
+  static F load_bytes(const uint8_t* base, int64_t index, int n, int64_t) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(first(n), base + index)));
+  }
+
+  struct Spread { __m512i at; };
+  static Spread spread(int step, int columns) {
+    alignas(64) int32_t at[16];
+    for (int lane = 0; lane < 16; ++lane) at[lane] = lane * columns / step;
+    return {_mm512_load_si512(at)};
+  }
+  static F spread(const float* p, const Spread& s) {
+    return _mm512_permutexvar_ps(s.at, _mm512_castps128_ps512(_mm_loadu_ps(p)));
+  }
+
+  // Byte j of qword q of the result is the 8 bits from bit `at` on of the same qword.
+  template <int WIDTH, int LOW>
+  struct Shifts {
+    alignas(64) uint8_t at[64];
+    constexpr Shifts() : at() {
+      for (int i = 0; i < 64; ++i) {
+        const int q = i / 8, j = i % 8, code = i % 32;
+        const int bit = WIDTH == 4   ? 8 * j + 4 * (q / 2 % 2)
+                        : WIDTH == 2 ? 8 * j + 2 * (q % 4)
+                                     : 32 * (q / 4) + 8 * (code % 4) + code / 4;
+        at[i] = static_cast<uint8_t>((bit - LOW) & 63);
+      }
+    }
+  };
+  template <class T>
+  static constexpr T kConstant{};
+  template <class T>
+  static __m512i constant() { return _mm512_load_si512(&kConstant<T>); }
+
+  // The fields of a plane at bit LOW of each byte; the other bits are anything.
+  template <int WIDTH, int LOW, bool TAIL>
+  static C field(const uint8_t* plane, int64_t unit) {
+    const uint8_t* p = plane + unit * 4 * WIDTH;
+    if constexpr (WIDTH == 8) {
+      if (TAIL) return _mm512_zextsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+      return _mm512_loadu_si512(p);
+    } else {
+      __m512i v;
+      if constexpr (WIDTH == 4) {
+        const __m256i raw =
+            TAIL ? _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))
+                 : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        v = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 1, 0, 1, 2, 3, 2, 3), _mm512_castsi256_si512(raw));
+      } else if constexpr (WIDTH == 2) {
+        const __m128i raw = TAIL ? _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))
+                                 : _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        v = _mm512_permutexvar_epi64(_mm512_setr_epi64(0, 0, 0, 0, 1, 1, 1, 1), _mm512_castsi128_si512(raw));
+      } else {
+        uint64_t raw = 0;
+        __builtin_memcpy(&raw, p, TAIL ? 4 : 8);
+        v = _mm512_set1_epi64(static_cast<int64_t>(raw));
+      }
+      return _mm512_multishift_epi64_epi8(constant<Shifts<WIDTH, LOW>>(), v);
+    }
+  }
+  // a where the bits of `mask` are 0, b where they are 1.
+  static C select(C a, C b, int mask) {
+    return _mm512_ternarylogic_epi64(_mm512_set1_epi8(static_cast<char>(mask)), b, a, 0xca);
+  }
+  // Bits above the code are anything: tables repeat, and `clean` is for arithmetic on codes.
+  template <int BITS, bool TAIL>
+  static C unpack(const uint8_t* const* planes, int64_t unit) {
+    constexpr bool kFour = BITS & 4, kTwo = BITS & 2, kOne = BITS & 1;
+    C c = field<BITS == 8 ? 8 : kFour ? 4 : 2, kFour ? BITS & 3 : BITS & 1, TAIL>(planes[0], unit);
+    if constexpr (kFour && kTwo) {
+      c = select(c, field<2, kOne, TAIL>(planes[1], unit), kOne ? 7 : 3);
+    }
+    if constexpr (kOne && BITS > 1) {
+      c = select(c, field<1, 0, TAIL>(planes[kFour && kTwo ? 2 : 1], unit), 1);
+    }
+    return c;
+  }
+  template <int BITS>
+  static C clean(C c) {
+    return BITS == 8 ? c : _mm512_and_si512(c, _mm512_set1_epi8(static_cast<char>((1 << BITS) - 1)));
+  }
+
+  static constexpr int center8(int) { return 0; }
+  static constexpr int kBias8 = 128;  // tables hold value + 128, because vpdpbusd takes unsigned bytes
+  template <int BITS, bool LUT>
+  struct Narrow {
+    __m512i table;
+    explicit Narrow(const Matrix::Tables* t)
+        : table(LUT ? _mm512_xor_si512(_mm512_load_si512(t->narrow), _mm512_set1_epi8(-128)) : izero()) {}
+    C operator()(C c) const { return LUT ? _mm512_permutexvar_epi8(c, table) : clean<BITS>(c); }
+  };
+  template <int BITS, bool LUT>
+  static I dot8(I acc, C w, const int8_t* x) {
+    return _mm512_dpbusd_epi32(acc, w, _mm512_loadu_si512(x));
+  }
+
+  // table[code], bytes.
+  template <int BITS>
+  static C look_up(const uint8_t* table, C c) {
+    const C a = _mm512_load_si512(table);
+    if constexpr (BITS <= 6) {
+      return _mm512_permutexvar_epi8(c, a);
+    } else {
+      const C low = _mm512_permutex2var_epi8(a, c, _mm512_load_si512(table + 64));
+      if constexpr (BITS == 7) return low;
+      const C high = _mm512_permutex2var_epi8(_mm512_load_si512(table + 128), c,
+                                              _mm512_load_si512(table + 192));
+      return _mm512_mask_blend_epi8(_mm512_movepi8_mask(c), low, high);
+    }
+  }
+  // Orders of bytes in which unpacking bytes to words, or to 32 bits, restores the natural one.
+  struct WordOrder {
+    alignas(64) uint8_t at[64];
+    constexpr WordOrder() : at() {
+      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 16 / 8 * 32 + i / 16 * 8 + i % 8);
+    }
+  };
+  struct FloatOrder {
+    alignas(64) uint8_t at[64];
+    constexpr FloatOrder() : at() {
+      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(i % 16 / 4 * 16 + i / 16 * 4 + i % 4);
+    }
+  };
+
+  template <int BITS, bool LUT>
+  struct Wide {
+    const Matrix::Tables* t;
+    explicit Wide(const Matrix::Tables* tables) : t(tables) {}
+    void operator()(C c, H (&out)[2]) const {
+      if constexpr (LUT) {
+        c = _mm512_permutexvar_epi8(constant<WordOrder>(), c);
+        const C low = look_up<BITS>(t->wide[0], c), high = look_up<BITS>(t->wide[1], c);
+        out[0] = _mm512_unpacklo_epi8(low, high);
+        out[1] = _mm512_unpackhi_epi8(low, high);
+      } else {
+        c = clean<BITS>(c);
+        out[0] = _mm512_cvtepu8_epi16(_mm512_castsi512_si256(c));
+        out[1] = _mm512_cvtepu8_epi16(_mm512_extracti64x4_epi64(c, 1));
+      }
+    }
+  };
+  static I dot16(I acc, H w, const int16_t* x) {
+    return _mm512_dpwssd_epi32(acc, w, _mm512_loadu_si512(x));
+  }
+
+  // Byte 16 * PART + lane at the low byte of each 32-bit lane.
+  template <int PART>
+  struct Quarter {
+    alignas(64) uint8_t at[64];
+    constexpr Quarter() : at() {
+      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(16 * PART + i / 4);
+    }
+  };
+  template <int BITS, bool LUT>
+  struct Floats {
+    const Matrix::Tables* t;
+    explicit Floats(const Matrix::Tables* tables) : t(tables) {}
+    template <int PART>
+    F part(C c) const {
+      if constexpr (LUT) {
+        const __m512i index = _mm512_permutexvar_epi8(constant<Quarter<PART>>(), c);
+        if (BITS <= 4) return _mm512_permutexvar_ps(index, load(t->values));
+        return _mm512_permutex2var_ps(load(t->values), index, load(t->values + 16));
+      } else {  // the code in the mantissa of 2^23: no conversion
+        const __m512i magic = _mm512_set1_epi32(0x4b000000);
+        const __m512i bits = _mm512_mask_permutexvar_epi8(magic, 0x1111111111111111, constant<Quarter<PART>>(), c);
+        return _mm512_sub_ps(_mm512_castsi512_ps(bits), set1(8388608.0f + (1 << (BITS - 1))));
+      }
+    }
+    void operator()(C c, F (&out)[4]) const {
+      if constexpr (LUT && BITS > 5) {
+        c = _mm512_permutexvar_epi8(constant<FloatOrder>(), c);
+        const C b0 = look_up<BITS>(t->bytes[0], c), b1 = look_up<BITS>(t->bytes[1], c);
+        const C b2 = look_up<BITS>(t->bytes[2], c), b3 = look_up<BITS>(t->bytes[3], c);
+        const C l01 = _mm512_unpacklo_epi8(b0, b1), h01 = _mm512_unpackhi_epi8(b0, b1);
+        const C l23 = _mm512_unpacklo_epi8(b2, b3), h23 = _mm512_unpackhi_epi8(b2, b3);
+        out[0] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(l01, l23));
+        out[1] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(l01, l23));
+        out[2] = _mm512_castsi512_ps(_mm512_unpacklo_epi16(h01, h23));
+        out[3] = _mm512_castsi512_ps(_mm512_unpackhi_epi16(h01, h23));
+      } else {
+        if constexpr (!LUT) c = clean<BITS>(c);
+        out[0] = part<0>(c), out[1] = part<1>(c), out[2] = part<2>(c), out[3] = part<3>(c);
+      }
+    }
+  };
+
+  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    __m512i a[16], b[16];
+    KBIT_UNROLL
+    for (int i = 0; i < 16; ++i) a[i] = _mm512_loadu_si512(in + i * in_stride);
+    KBIT_UNROLL
+    for (int i = 0; i < 16; i += 2) {
+      b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+      b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    KBIT_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      a[i] = _mm512_unpacklo_epi64(b[i], b[i + 2]);
+      a[i + 1] = _mm512_unpackhi_epi64(b[i], b[i + 2]);
+      a[i + 2] = _mm512_unpacklo_epi64(b[i + 1], b[i + 3]);
+      a[i + 3] = _mm512_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    KBIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      // a[i], a[4+i], a[8+i], a[12+i]: column 4L+i of their four rows in 128-bit lane L
+      const __m512i p = _mm512_shuffle_i32x4(a[i], a[4 + i], 0x88), q = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0x88);
+      const __m512i r = _mm512_shuffle_i32x4(a[i], a[4 + i], 0xdd), s = _mm512_shuffle_i32x4(a[8 + i], a[12 + i], 0xdd);
+      _mm512_storeu_si512(out + i * out_stride, _mm512_shuffle_i32x4(p, q, 0x88));
+      _mm512_storeu_si512(out + (8 + i) * out_stride, _mm512_shuffle_i32x4(p, q, 0xdd));
+      _mm512_storeu_si512(out + (4 + i) * out_stride, _mm512_shuffle_i32x4(r, s, 0x88));
+      _mm512_storeu_si512(out + (12 + i) * out_stride, _mm512_shuffle_i32x4(r, s, 0xdd));
+    }
+  }
+
+  static __m512i broadcast(const void* x) {
+    int32_t word;
+    __builtin_memcpy(&word, x, 4);
+    return _mm512_set1_epi32(word);
+  }
+  static I tile16(I acc, const int16_t* w, const int16_t* x) {
+    return _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w), broadcast(x));
+  }
+  static I widen_pairs(I a) { return a; }
+  static I tile8(I acc, const uint8_t* w, const int8_t* x) {
+    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w), broadcast(x));
+  }
+};
+
+}  // namespace avx512
+}  // namespace kbit

@@ -1,0 +1,199 @@
+// Portable vectors: plain loops over small arrays, which compilers turn into SSE2 or NEON.
+//
+// The three simd_*.h files define the same struct V, and the kernels are written once against it:
+//   F, I, C, H    kFloats fp32; kFloats int32; kCodes bytes; 2 * kFloats int16
+//   unpack        one C of codes in natural order from the planes of a row; TAIL: only the first
+//                 32 of them exist in memory
+//   narrow        codes -> 8-bit weights, center8 or kBias8 beside their value, and dot8 with int8
+//   wide          codes -> 16-bit weights, and dot16 with int16
+//   floats        codes -> fp32 weights without their scale
+// A lane of dot8 sums kCodes / kFloats neighbouring columns, a lane of dot16 sums 2.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace kbit {
+namespace portable {
+
+struct V {
+  static constexpr int kFloats = 4, kCodes = 32;
+  static constexpr int kTileVectors = 2;
+  static constexpr int tokens(int) { return 4; }
+  static constexpr int kByteBits = 0;  // bits of codes that tile8 takes
+  static constexpr bool kByteCodebooks = false;
+  static constexpr bool kPairSums = false;  // tile8 sums pairs in 16 bits, of so many steps:
+  static constexpr int pair_steps(int) { return 1; }
+  static constexpr bool kCompact = true;  // fewer, slower variants of a kernel: less to compile
+
+  typedef float F __attribute__((vector_size(16)));
+  typedef int32_t I __attribute__((vector_size(16)));
+  struct C { uint8_t v[32]; };
+  struct H { int16_t v[8]; };
+
+  static F set1(float a) { return F{a, a, a, a}; }
+  static F zero() { return set1(0); }
+  static I izero() { return I{0, 0, 0, 0}; }
+  static F load(const float* p) { F a; std::memcpy(&a, p, sizeof a); return a; }
+  static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  static F load_part(const float* p, int n) {
+    F a = zero();
+    std::memcpy(&a, p, sizeof(float) * static_cast<size_t>(n));
+    return a;
+  }
+  static void store_part(float* p, F a, int n) {
+    std::memcpy(p, &a, sizeof(float) * static_cast<size_t>(n));
+  }
+  static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
+  static F fma(F a, F b, F c) { return a * b + c; }
+  static F max(F a, F b) { return a > b ? a : b; }
+  static F abs(F a) { for (int i = 0; i < 4; ++i) a[i] = std::fabs(a[i]); return a; }
+  static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  static float peak(F a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
+  static F to_float(I a) { return __builtin_convertvector(a, F); }
+  static int32_t isum(I a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+  static I round(F a) {
+    I r;
+    for (int i = 0; i < 4; ++i) r[i] = static_cast<int32_t>(std::lrintf(a[i]));
+    return r;
+  }
+  static I iadd(I a, I b) { return a + b; }
+  static void store8(int8_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(a[i]); }
+  static void store16(int16_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<int16_t>(a[i]); }
+
+  static float half(uint16_t bits) {
+    const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
+    uint32_t pattern;
+    if (rest >= 0x7c00) {
+      pattern = 0x7f800000 | (rest & 0x3ff) << 13;
+    } else if (rest >= 0x400) {
+      pattern = (rest << 13) + ((127 - 15) << 23);
+    } else {  // zero or subnormal: exact as an integer times 2^-24
+      const float value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+      std::memcpy(&pattern, &value, sizeof pattern);
+    }
+    pattern |= sign;
+    float value;
+    std::memcpy(&value, &pattern, sizeof value);
+    return value;
+  }
+  // n <= kFloats values from `index` on of an array of `total`; the rest 0.
+  template <int TYPE>
+  static F load_as(const void* base, int64_t index, int n, int64_t) {
+    F a = zero();
+    if (TYPE == kScaleFp32) return load_part(static_cast<const float*>(base) + index, n);
+    const auto* p = static_cast<const uint16_t*>(base) + index;
+    for (int i = 0; i < n; ++i) {
+      const uint32_t pattern = static_cast<uint32_t>(p[i]) << 16;
+      float wide;
+      std::memcpy(&wide, &pattern, sizeof wide);
+      a[i] = TYPE == kScaleFp16 ? half(p[i]) : wide;
+    }
+    return a;
+  }
+  static F load_bytes(const uint8_t* base, int64_t index, int n, int64_t) {
+    F a = zero();
+    for (int i = 0; i < n; ++i) a[i] = base[index + i];
+    return a;
+  }
+
+  // The scale of each lane, from scales of `step` columns, where a lane holds `columns` columns.
+  struct Spread { int at[4]; };
+  static Spread spread(int step, int columns) {
+    return {{0, columns / step, 2 * columns / step, 3 * columns / step}};
+  }
+  static F spread(const float* p, const Spread& s) {
+    return F{p[s.at[0]], p[s.at[1]], p[s.at[2]], p[s.at[3]]};
+  }
+
+  // not inlined: hundreds of kernels use them, and calls are the least of this path's cost
+  template <int BITS, bool TAIL>
+  static __attribute__((noinline)) C unpack(const uint8_t* const* planes, int64_t unit) {
+    C c{};
+    int low = BITS, plane = 0;
+    for (int width = 8; width >= 1; width /= 2) {
+      if (!(BITS & width)) continue;
+      low -= width;
+      const uint8_t* p = planes[plane++] + unit * 4 * width;
+      for (int field = 0; field < 8 / width; ++field) {
+        for (int i = 0; i < 4 * width; ++i) {
+          c.v[field * 4 * width + i] |=
+              static_cast<uint8_t>(((p[i] >> (field * width)) & ((1 << width) - 1)) << low);
+        }
+      }
+    }
+    return c;
+  }
+
+  static constexpr int center8(int bits) { return 1 << (bits - 1); }
+  static constexpr int kBias8 = 0;
+  template <int BITS, bool LUT>
+  struct Narrow {
+    const int8_t* table;
+    explicit Narrow(const Matrix::Tables* t) : table(LUT ? t->narrow : nullptr) {}
+    __attribute__((noinline)) C operator()(C c) const {
+      for (uint8_t& v : c.v) {
+        v = static_cast<uint8_t>(LUT ? table[v] : v - center8(BITS));
+      }
+      return c;
+    }
+  };
+  template <int BITS, bool LUT>
+  static I dot8(I acc, const C& w, const int8_t* x) {
+    for (int lane = 0; lane < 4; ++lane) {
+      for (int i = 8 * lane; i < 8 * lane + 8; ++i) acc[lane] += static_cast<int8_t>(w.v[i]) * x[i];
+    }
+    return acc;
+  }
+
+  template <int BITS, bool LUT>
+  struct Wide {
+    const Matrix::Tables* t;
+    explicit Wide(const Matrix::Tables* tables) : t(tables) {}
+    __attribute__((noinline)) void operator()(const C& c, H (&out)[4]) const {
+      for (int i = 0; i < 32; ++i) {
+        const int code = c.v[i];
+        out[i / 8].v[i % 8] = static_cast<int16_t>(
+            LUT ? t->wide[0][code] | t->wide[1][code] << 8 : code);
+      }
+    }
+  };
+  static I dot16(I acc, const H& w, const int16_t* x) {
+    for (int lane = 0; lane < 4; ++lane) {
+      acc[lane] += w.v[2 * lane] * x[2 * lane] + w.v[2 * lane + 1] * x[2 * lane + 1];
+    }
+    return acc;
+  }
+
+  template <int BITS, bool LUT>
+  struct Floats {
+    const float* values;
+    explicit Floats(const Matrix::Tables* t) : values(LUT ? t->values : nullptr) {}
+    __attribute__((noinline)) void operator()(const C& c, F (&out)[8]) const {
+      for (int i = 0; i < 32; ++i) {
+        out[i / 4][i % 4] = LUT ? values[c.v[i]] : static_cast<float>(c.v[i] - (1 << (BITS - 1)));
+      }
+    }
+  };
+
+  // Tiles: out[i][j] = in[j][i] of kFloats x kFloats 32-bit words.
+  static void transpose(const uint32_t* in, int64_t in_stride, uint32_t* out, int64_t out_stride) {
+    for (int i = 0; i < 4; ++i) {
+      for (int j = 0; j < 4; ++j) out[i * out_stride + j] = in[j * in_stride + i];
+    }
+  }
+  // acc += the products of 2 int16 (tile8: 4 bytes) of each lane of w with those at x.
+  static I tile8(I acc, const uint8_t*, const int8_t*) { return acc; }  // kByteBits is 0
+  static I widen_pairs(I a) { return a; }
+  static I tile16(I acc, const int16_t* w, const int16_t* x) {
+    for (int lane = 0; lane < 4; ++lane) acc[lane] += w[2 * lane] * x[0] + w[2 * lane + 1] * x[1];
+    return acc;
+  }
+};
+
+}  // namespace portable
+}  // namespace kbit

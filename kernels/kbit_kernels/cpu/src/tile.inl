@@ -1,0 +1,345 @@
+// Products with many tokens: a tile of rows is unpacked once, with rows as lanes, and multiplied
+// with all tokens, a few at a time in registers.
+
+constexpr int kTileRows = V::kTileVectors * V::kFloats;
+constexpr int kTileTokens = 5;  // from so many on, a tile is faster than products of 4 and fewer
+
+template <int WIDTH>
+using Element = std::conditional_t<WIDTH == 8, uint8_t, std::conditional_t<WIDTH == 16, int16_t, float>>;
+
+// Recoded weights of `columns` columns of a row from `column` (a multiple of 64) on, unscaled.
+// Columns of the last unit beyond K hold code 0, those of a missing unit anything finite.
+template <int WIDTH, bool LUT, int BITS>
+static void decode_row(const Matrix& m, int64_t row, int64_t column, int columns, Element<WIDTH>* out) {
+  using G = Gemv<WIDTH, LUT, BITS, false, 1, 1>;
+  const typename G::Recode recode(m.tables);
+  const int64_t units = (m.tensor.cols + 31) / 32;
+  const uint8_t* planes[3];
+  planes_of<BITS>(static_cast<const uint8_t*>(m.tensor.codes) + row * units * 4 * BITS, units, planes);
+  const auto put = [&](const typename V::C& c, int at) {
+    if constexpr (WIDTH == 8) {
+      const auto w = recode(c);
+      std::memcpy(out + at, &w, sizeof w);
+    } else if constexpr (WIDTH == 16) {
+      typename V::H w[G::kWords];
+      recode(c, w);
+      std::memcpy(out + at, w, sizeof w);
+    } else {
+      V::F w[G::kParts];
+      recode(c, w);
+      std::memcpy(out + at, w, sizeof w);
+    }
+  };
+  const int count = (columns + 31) / 32;
+  int unit = 0;
+  for (; unit + V::kCodes / 32 <= count; unit += V::kCodes / 32) {
+    put(V::template unpack<BITS, false>(planes, column / 32 + unit), unit * 32);
+  }
+  if (unit < count) put(V::template unpack<BITS, true>(planes, column / 32 + unit), unit * 32);
+}
+
+// Scales and means on unscaled floats, rounded as the reference rounds.
+static void scale_row(const Matrix& m, int64_t row, int64_t column, int columns, float* values) {
+  const Tensor& t = m.tensor;
+  const int block = t.block ? t.block : 1 << 30;
+  const float half = t.storage == kUint ? static_cast<float>(1 << (t.bits - 1)) : 0;
+  for (int at = 0; at < columns;) {
+    const int group = static_cast<int>((column + at) / block);
+    const int stop = static_cast<int>(least<int64_t>(columns, (group + int64_t{1}) * block - column));
+    alignas(64) float s[V::kFloats];
+    group_scales(m, row, group, 1, s);
+    const int64_t index = row * m.groups + group;
+    const V::F scale = V::set1(s[0]), zero = V::set1(t.zeros ? half - t.zeros[index] : 0);
+    V::F mean = V::zero();
+    if (t.means) {
+      V::store(s, load_any(t.mean_type, t.means, index, 1, t.rows * m.groups));
+      mean = V::set1(s[0]);
+    }
+    for (; at < stop; at += V::kFloats) {  // blocks are whole vectors; the end of a row has room
+      V::F v = V::load(values + at);
+      if (t.zeros) v = V::add(v, zero);
+      v = V::mul(v, scale);
+      V::store(values + at, t.means ? V::add(v, mean) : v);
+    }
+  }
+}
+
+static void plain_row(const Matrix& m, int64_t row, int64_t column, int columns, float* out) {
+  const Tensor& t = m.tensor;
+  const int32_t type = t.storage == kFp32 ? kScaleFp32 : t.storage == kFp16 ? kScaleFp16 : kScaleBf16;
+  for (int i = 0; i < columns; i += V::kFloats) {
+    V::store(out + i, load_any(type, t.codes, row * t.cols + column + i,
+                               least(V::kFloats, columns - i), t.rows * t.cols));
+  }
+}
+
+template <int WIDTH>
+using Decode = void (*)(const Matrix&, int64_t, int64_t, int, Element<WIDTH>*);
+
+template <int WIDTH, bool LUT>
+static Decode<WIDTH> decode_of(int bits) {
+  if constexpr (WIDTH == 8 && LUT) {
+    return bits == 2 ? decode_row<8, true, 2> : bits == 3 ? decode_row<8, true, 3> : decode_row<8, true, 4>;
+  } else {
+    switch (bits) {
+      case 2: return decode_row<WIDTH, LUT, 2>;
+      case 3: return decode_row<WIDTH, LUT, 3>;
+      case 4: return decode_row<WIDTH, LUT, 4>;
+      case 5: return decode_row<WIDTH, LUT, 5>;
+      case 6: return decode_row<WIDTH, LUT, 6>;
+      case 7: return decode_row<WIDTH, LUT, 7>;
+      default: return decode_row<WIDTH, LUT, 8>;
+    }
+  }
+}
+
+template <int WIDTH>
+static Decode<WIDTH> decode_of(const Matrix& m) {
+  if constexpr (WIDTH == 32) {
+    if (m.plain()) return plain_row;
+  }
+  return m.tensor.storage == kCodebook ? decode_of<WIDTH, true>(m.tensor.bits)
+                                       : decode_of<WIDTH, false>(m.tensor.bits);
+}
+
+template <int WIDTH>
+struct Tile {
+  using E = Element<WIDTH>;
+  using X = std::conditional_t<WIDTH == 8, int8_t, E>;
+  static constexpr int kWord = 32 / WIDTH;  // elements of a 32-bit lane
+  static constexpr int kColumns = WIDTH == 32 ? 256 : 512;
+
+  alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
+  alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
+  alignas(64) E staged[kTileRows][kColumns];
+
+  void transpose(int columns) {
+    const auto* in = reinterpret_cast<const uint32_t*>(staged);
+    auto* out = reinterpret_cast<uint32_t*>(weights);
+    for (int word = 0; word < columns / kWord; word += V::kFloats) {
+      for (int r = 0; r < kTileRows; r += V::kFloats) {
+        V::transpose(in + r * (kColumns / kWord) + word, kColumns / kWord, out + word * kTileRows + r, kTileRows);
+      }
+    }
+  }
+
+  // Unpacks the tile of rows [first, first + rows) and columns [column, column + columns).
+  void fill(const Matrix& m, Decode<WIDTH> decode, const Meaning& meant, int64_t first, int rows,
+            int64_t column, int columns) {
+    alignas(64) float s[kColumns / 16 + 16], o[kColumns / 16 + 16];
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t row = first + least(r, rows - 1);
+      decode(m, row, column, columns, staged[r]);
+      if constexpr (WIDTH == 32) {
+        if (!m.plain()) scale_row(m, row, column, columns, staged[r]);
+      } else {
+        const int blocks = (columns + m.step - 1) / m.step;
+        row_scales(m, row, static_cast<int>(column / m.step), blocks, meant, s, o);
+        for (int b = 0; b < blocks; ++b) {
+          scale[b][r] = s[b];
+          offset[b][r] = meant.offset ? o[b] : 0;
+        }
+      }
+    }
+    transpose((columns + V::kFloats * kWord - 1) / (V::kFloats * kWord) * (V::kFloats * kWord));
+  }
+
+  // Outlier columns [column, column + columns) as a tile of floats.
+  void fill_outliers(const Matrix& m, int64_t first, int rows, int column, int columns) {
+    const Tensor& t = m.tensor;
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t at = (first + least(r, rows - 1)) * t.n_outliers + column;
+      for (int j = 0; j < columns; j += V::kFloats) {
+        const V::F w = V::load_as<kScaleFp16>(t.outliers, at + j, least(V::kFloats, columns - j),
+                                              t.rows * t.n_outliers);
+        std::memcpy(staged[r] + j, &w, sizeof w);
+      }
+    }
+    transpose((columns + V::kFloats - 1) / V::kFloats * V::kFloats);
+  }
+
+  // y += the tile times tokens [token, token + T), x from the tile's first column on.
+  template <int T>
+  void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
+               int columns, float* y, int64_t stride, int rows, bool fresh) const {
+    constexpr int kV = V::kTileVectors;
+    V::F acc[T][kV];
+    KBIT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      KBIT_UNROLL
+      for (int v = 0; v < kV; ++v) {
+        const int count = least(V::kFloats, rows - v * V::kFloats);
+        const float* from = y + (token + t) * stride + v * V::kFloats;
+        acc[t][v] = fresh || count <= 0     ? V::zero()
+                    : count == V::kFloats ? V::load(from)
+                                          : V::load_part(from, count);
+      }
+    }
+    const X* at[T];
+    KBIT_UNROLL
+    for (int t = 0; t < T; ++t) at[t] = x + (token + t) * x_stride;
+    const E* w = weights;
+    if constexpr (WIDTH == 32) {
+      for (int k = 0; k < columns; ++k, w += kTileRows) {
+        V::F lanes[kV];
+        KBIT_UNROLL
+        for (int v = 0; v < kV; ++v) lanes[v] = V::load(w + v * V::kFloats);
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const V::F value = V::set1(at[t][k]);
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) acc[t][v] = V::fma(lanes[v], value, acc[t][v]);
+        }
+      }
+    } else {
+      const int step = in.matrix->step;
+      const int64_t first = token * in.blocks + block;
+      for (int b = 0; b * step < columns; ++b) {
+        V::I dot[T][kV];
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) dot[t][v] = V::izero();
+        }
+        if constexpr (WIDTH == 8 && V::kPairSums) {
+          // sums of 16 bits, of as many steps as fit
+          const int run = least(V::pair_steps(in.matrix->tensor.bits), step / kWord);
+          for (int k = b * step; k < (b + 1) * step; k += run * kWord) {
+            V::I pairs[T][kV];
+            KBIT_UNROLL
+            for (int t = 0; t < T; ++t) {
+              KBIT_UNROLL
+              for (int v = 0; v < kV; ++v) pairs[t][v] = V::izero();
+            }
+            for (int i = k; i < k + run * kWord; i += kWord, w += kTileRows * kWord) {
+              KBIT_UNROLL
+              for (int t = 0; t < T; ++t) {
+                KBIT_UNROLL
+                for (int v = 0; v < kV; ++v) {
+                  pairs[t][v] = V::tile8(pairs[t][v], w + v * V::kFloats * kWord, at[t] + i);
+                }
+              }
+            }
+            KBIT_UNROLL
+            for (int t = 0; t < T; ++t) {
+              KBIT_UNROLL
+              for (int v = 0; v < kV; ++v) dot[t][v] = V::iadd(dot[t][v], V::widen_pairs(pairs[t][v]));
+            }
+          }
+        }
+        else for (int k = b * step; k < (b + 1) * step; k += kWord, w += kTileRows * kWord) {
+          KBIT_UNROLL
+          for (int t = 0; t < T; ++t) {
+            KBIT_UNROLL
+            for (int v = 0; v < kV; ++v) {
+              if constexpr (WIDTH == 8) dot[t][v] = V::tile8(dot[t][v], w + v * V::kFloats * kWord, at[t] + k);
+              else dot[t][v] = V::tile16(dot[t][v], w + v * V::kFloats * kWord, at[t] + k);
+            }
+          }
+        }
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const V::F s = V::set1(in.scales[first + t * in.blocks + b]);
+          const V::F sum = V::set1(in.sums[first + t * in.blocks + b]);
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) {
+            const V::F both = V::mul(V::load(scale[b] + v * V::kFloats), s);
+            acc[t][v] = V::fma(V::to_float(dot[t][v]), both, acc[t][v]);
+            acc[t][v] = V::fma(V::load(offset[b] + v * V::kFloats), sum, acc[t][v]);
+          }
+        }
+      }
+    }
+    KBIT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      KBIT_UNROLL
+      for (int v = 0; v < kV; ++v) {
+        const int count = least(V::kFloats, rows - v * V::kFloats);
+        float* to = y + (token + t) * stride + v * V::kFloats;
+        if (count == V::kFloats) V::store(to, acc[t][v]);
+        else if (count > 0) V::store_part(to, acc[t][v], count);
+      }
+    }
+  }
+
+  template <int T>
+  void products(const Input& in, const X* x, int64_t x_stride, int64_t block, int columns, float* y,
+                int64_t stride, int rows, bool fresh, int64_t token) const {
+    for (; token + T <= in.tokens; token += T) {
+      product<T>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
+    }
+    if constexpr (T > 1) {
+      products<T == 6 ? 4 : T / 2>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
+    }
+  }
+
+  static void run(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
+                  int64_t end) {
+    Tile tile;
+    const Decode<WIDTH> decode = decode_of<WIDTH>(m);
+    const Meaning meant = meaning(WIDTH, m);
+    const int64_t cols = m.tensor.cols;
+    for (int64_t n = begin; n < end; n += kTileRows) {
+      const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
+      for (int64_t column = 0; column < cols; column += kColumns) {
+        const int columns = static_cast<int>(least<int64_t>(kColumns, cols - column));
+        tile.fill(m, decode, meant, n, rows, column, columns);
+        tile.template products<V::tokens(WIDTH)>(in, static_cast<const X*>(in.values) + column, in.padded,
+                                               column / m.step, columns, y + n, stride, rows,
+                                               column == 0, 0);
+      }
+      if constexpr (WIDTH == 32) add_outliers(tile, m, in, y + n, stride, n, rows);
+    }
+    if constexpr (WIDTH != 32) {
+      if (m.tensor.n_outliers == 0) return;
+      Tile<32> floats;
+      for (int64_t n = begin; n < end; n += kTileRows) {
+        const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
+        add_outliers(floats, m, in, y + n, stride, n, rows);
+      }
+    }
+  }
+
+  static void add_outliers(Tile<32>& tile, const Matrix& m, const Input& in, float* y,
+                           int64_t stride, int64_t first, int rows) {
+    for (int j = 0; j < m.tensor.n_outliers; j += Tile<32>::kColumns) {
+      const int columns = least(Tile<32>::kColumns, m.tensor.n_outliers - j);
+      tile.fill_outliers(m, first, rows, j, columns);
+      tile.template products<V::tokens(32)>(in, in.outliers + j, m.tensor.n_outliers, 0, columns, y,
+                                             stride, rows, false, 0);
+    }
+  }
+};
+
+static void multiply(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
+                     int64_t end) {
+  if (in.tokens >= kTileTokens) {
+    if (in.width == 32) return Tile<32>::run(m, in, y, stride, begin, end);
+    if (in.width == 16) return Tile<16>::run(m, in, y, stride, begin, end);
+    if constexpr (V::kByteBits > 0) return Tile<8>::run(m, in, y, stride, begin, end);
+  }
+  for (int64_t token = 0; token < in.tokens;) {
+    const int tokens = static_cast<int>(least<int64_t>(V::kCompact ? 1 : 4, in.tokens - token));
+    gemv_of(m, in, tokens)(m, in, token, tokens, y, stride, begin, end);
+    token += tokens;
+  }
+}
+
+static void dequantize(const Matrix& m, float* out, int64_t stride, int64_t begin, int64_t end) {
+  constexpr int kColumns = 256;
+  const Tensor& t = m.tensor;
+  const Decode<32> decode = decode_of<32>(m);
+  alignas(64) float values[kColumns + 64];
+  for (int64_t row = begin; row < end; ++row, out += stride) {
+    for (int64_t column = 0; column < t.cols; column += kColumns) {
+      const int columns = static_cast<int>(least<int64_t>(kColumns, t.cols - column));
+      decode(m, row, column, columns, values);
+      if (!m.plain()) scale_row(m, row, column, columns, values);
+      std::memcpy(out + column, values, sizeof(float) * static_cast<size_t>(columns));
+    }
+    for (int j = 0; j < t.n_outliers; ++j) {
+      V::store_part(out + t.outlier_columns[j],
+                    V::load_as<kScaleFp16>(t.outliers, row * t.n_outliers + j, 1, t.rows * t.n_outliers), 1);
+    }
+  }
+}

@@ -1,0 +1,140 @@
+// Vectors of fp32 in the compiler's own notation, as wide as the instruction set that this is
+// compiled for. Included inside a namespace of its own per instruction set, after KBIT_LANES (and
+// KBIT_F16C where the instruction set converts fp16) are defined.
+
+constexpr int kLanes = KBIT_LANES;
+constexpr int kRegisters = kLanes == 16 ? 16 : 8;  // accumulators of a kernel
+
+typedef float Vec __attribute__((vector_size(4 * kLanes)));
+typedef int32_t IVec __attribute__((vector_size(4 * kLanes)));
+typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alias));
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
+static inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
+static inline Vec splat(float x) { return x - Vec{}; }
+static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec fma(Vec a, Vec b, Vec c) {
+#if KBIT_LANES == 16
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif KBIT_LANES == 8
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#else
+  return a * b + c;
+#endif
+}
+
+static inline float add_lanes(Vec v) {
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int width = kLanes / 2; width >= 1; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
+// An fp16 number, its bits; not arithmetic.
+struct Half {
+  uint16_t bits;
+};
+
+#if defined(KBIT_F16C)
+static inline Vec load(const Half* p) {
+#if KBIT_LANES == 16
+  return (Vec)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#else
+  return (Vec)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#endif
+}
+static inline void put(Half* p, float x) {
+  p->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
+}
+#else
+static inline float widen(Half half) {
+  const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000) << 16, rest = half.bits & 0x7fff;
+  uint32_t pattern;
+  float value;
+  if (rest >= 0x7c00) {
+    pattern = 0x7f800000 | rest << 13;
+  } else if (rest >= 0x400) {
+    pattern = (rest << 13) + (112u << 23);
+  } else {  // subnormal: an integer times 2^-24
+    value = static_cast<float>(rest) * 5.9604644775390625e-8f;
+    std::memcpy(&pattern, &value, 4);
+  }
+  pattern |= sign;
+  std::memcpy(&value, &pattern, 4);
+  return value;
+}
+static inline Vec load(const Half* p) {
+  Vec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = widen(p[i]);
+  return v;
+}
+// Round to nearest even, as the instruction does.
+static inline void put(Half* p, float x) {
+  uint32_t pattern;
+  std::memcpy(&pattern, &x, 4);
+  const uint32_t sign = pattern >> 16 & 0x8000, rest = pattern & 0x7fffffff;
+  uint32_t half;
+  if (rest > 0x7f800000) {
+    half = 0x7e00;
+  } else if (rest >= 0x477ff000) {  // rounds to 65520 or more
+    half = 0x7c00;
+  } else if (rest >= 0x38800000) {
+    half = (rest + 0xfff + (rest >> 13 & 1) - (112u << 23)) >> 13;
+  } else {  // subnormal: adding 0.5 rounds to multiples of 2^-24
+    float magnitude;
+    std::memcpy(&magnitude, &rest, 4);
+    magnitude += 0.5f;
+    std::memcpy(&half, &magnitude, 4);
+    half -= 0x3f000000;
+  }
+  p->bits = static_cast<uint16_t>(sign | half);
+}
+#endif
+static inline void put(float* p, float x) { *p = x; }
+
+// e^x to 2 ulp, 0 below -87.3, about 2^127 above 88.3; NaN stays NaN.
+static inline Vec exp(Vec x) {
+  const Vec low = splat(-87.3f), high = splat(88.3f);
+  const auto tiny = x < low;
+  x = x > high ? high : x;
+  x = tiny ? low : x;
+  const Vec magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+  const Vec shifted = fma(x, splat(1.44269504f), magic);
+  const Vec n = shifted - magic;
+  const Vec r = fma(n, splat(2.12194440e-4f), fma(n, splat(-0.693359375f), x));
+  Vec p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p * r, r, r) + splat(1.0f);
+  const IVec power = (((IVec)shifted - (IVec)magic) + 127) << 23;
+  const Vec y = p * (Vec)power;
+  return tiny ? Vec{} : y;
+}
+
+// tanh with an error of 1e-7; exact limits.
+static inline Vec tanh(Vec x) {
+  return splat(1.0f) - splat(2.0f) / (exp(splat(2.0f) * x) + splat(1.0f));
+}
+
+// erfc to 1.2e-7 relative: the Chebyshev fit of Numerical Recipes, section 6.2.
+static inline Vec erfc(Vec x) {
+  const Vec z = x < Vec{} ? -x : x;
+  const Vec t = splat(1.0f) / (splat(1.0f) + splat(0.5f) * z);
+  Vec p = splat(0.17087277f);
+  p = fma(p, t, splat(-0.82215223f));
+  p = fma(p, t, splat(1.48851587f));
+  p = fma(p, t, splat(-1.13520398f));
+  p = fma(p, t, splat(0.27886807f));
+  p = fma(p, t, splat(-0.18628806f));
+  p = fma(p, t, splat(0.09678418f));
+  p = fma(p, t, splat(0.37409196f));
+  p = fma(p, t, splat(1.00002368f));
+  p = fma(p, t, splat(-1.26551223f));
+  const Vec y = t * exp(p - z * z);
+  return x < Vec{} ? splat(2.0f) - y : y;
+}

@@ -1,0 +1,183 @@
+"""Which configuration runs a product: the user's tuning, the shipped table, then a rule.
+
+`configs.json` has one entry per class of GPU; `kbit tune` writes the same form to the cache
+directory. An entry says for which bits, rows of x and shape it was found, and how.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kbit_kernels.spec import QuantSpec
+from kbit_kernels.triton.layout import COLUMNS, ROWS, scheme_of
+
+if TYPE_CHECKING:
+    import torch
+
+SHIPPED = Path(__file__).with_name("configs.json")
+ROW_BUCKETS = (8, 16, 32, 64)  # rows of x that one program can hold
+MAX_WARPS = 8
+WARPS_PER_SM = 24  # enough loads in flight to cover the memory's latency
+
+
+@dataclass(frozen=True)
+class Config:
+    """How one product is cut up.
+
+    Attributes:
+        rows_x: rows of x a program holds, 8 to 64; more rows are more programs.
+        bands: bands of 16 weight rows a warp holds.
+        warps_n: warps beside each other over weight rows.
+        warps_k: warps that share weight rows and take turns over the columns.
+        split: programs that share an output and split the columns.
+    """
+
+    rows_x: int
+    bands: int
+    warps_n: int
+    warps_k: int
+    split: int
+
+
+def bucket(rows: int) -> int:
+    """Rows of x that a program for `rows` holds."""
+    return next((size for size in ROW_BUCKETS if rows <= size), ROW_BUCKETS[-1])
+
+
+def power_of_two(value: int) -> int:
+    """The largest power of two up to `value` (at least 1)."""
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+def most_rows(spec: QuantSpec) -> int:
+    """Rows of x that a program may hold: with 16 outputs looked up in shared memory at once,
+    registers spill at 64."""
+    scheme = scheme_of(spec)
+    return 32 if scheme.in_shared_memory and scheme.outputs == 16 else 64
+
+
+def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:
+    """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
+    # AMD's matrix instructions have at least 16 columns
+    rows_x = max(min(bucket(rows), most), 16 if gpu.startswith("gfx") else 8)
+    tiles = -(-k // COLUMNS)
+    bands_total = -(-n // ROWS)
+    wanted = sms * WARPS_PER_SM
+    if rows_x <= 16:
+        warps_k = min(MAX_WARPS, power_of_two(tiles))
+        split = min(power_of_two(tiles // warps_k), power_of_two(wanted // (bands_total * warps_k)))
+        return Config(rows_x, 1, 1, warps_k, max(1, min(split, 8)))
+    # rows of x are read again by every program: let warps share them
+    bands, warps_n = 1, 4
+    warps_k = 2 if tiles > 1 and rows_x == 32 else 1
+    programs = -(-bands_total // (bands * warps_n)) * -(-rows // rows_x)
+    split = power_of_two(wanted // 2 // (programs * warps_n * warps_k))
+    return Config(
+        rows_x, bands, warps_n, warps_k, max(1, min(split, power_of_two(tiles // warps_k), 8))
+    )
+
+
+# multiprocessors of the chip that each class is shipped for
+SHIPPED_CLASSES = {
+    "sm_80": 108,
+    "sm_86": 84,
+    "sm_89": 128,
+    "sm_90": 132,
+    "sm_100": 148,
+    "sm_120": 170,
+    "gfx942": 304,
+}
+SHIPPED_SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
+
+
+def shipped_configs(gpu: str) -> set[Config]:
+    """Every configuration that the shipped table or the rule can choose for the shapes above."""
+    found = set()
+    for entry in _read(SHIPPED)["classes"].get(gpu, {"entries": {}})["entries"].values():
+        found.add(Config(**{name: entry[name] for name in Config.__dataclass_fields__}))
+    for n, k in SHIPPED_SHAPES:
+        for rows in ROW_BUCKETS:
+            found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
+    return found
+
+
+@lru_cache(maxsize=64)
+def _read(path: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads(path.read_text())
+    return loaded
+
+
+def tuned_path() -> Path:
+    """Where `kbit tune` keeps what it found."""
+    import os
+
+    cache = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(cache) / "kbit" / "triton-configs.json"
+
+
+def entry_key(spec: QuantSpec, rows: int, n: int, k: int) -> str:
+    """The name of one entry: bits, bucket of rows, shape; data types and blocks share entries."""
+    return f"k{spec.bits}-m{bucket(rows)}-{n}x{k}"
+
+
+def write(path: Path, gpu: str, entries: dict[str, dict[str, Any]], **about: Any) -> None:
+    """Merge `entries` of class `gpu` into the table at `path`, aside and renamed into place."""
+    empty: dict[str, Any] = {"version": 1, "classes": {}}
+    table = json.loads(path.read_text()) if path.exists() else empty
+    found = table["classes"].setdefault(gpu, {"entries": {}})
+    found.update(about)
+    found["entries"].update(entries)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_suffix(".tmp")
+    aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    aside.replace(path)
+    _read.cache_clear()
+    choose_for.cache_clear()
+
+
+def as_entry(config: Config, source: str) -> dict[str, Any]:
+    """The JSON of a configuration."""
+    return {**asdict(config), "source": source}
+
+
+@lru_cache(maxsize=16)
+def gpu_class(device: "torch.device") -> tuple[str, int]:
+    """(name of the class such as `sm_90`, number of multiprocessors)."""
+    if device.type != "cuda":
+        return "interpreter", 1
+    import torch
+
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip is not None:
+        return properties.gcnArchName.split(":")[0], properties.multi_processor_count
+    return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
+
+
+@lru_cache(maxsize=4096)
+def choose_for(
+    spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int
+) -> tuple[Config | None, str]:
+    """The configuration (None: dequantize and call cuBLAS) and where it comes from."""
+    for path, source in ((tuned_path(), "tuned"), (SHIPPED, "shipped")):
+        if not path.exists():
+            continue
+        found = _read(path)["classes"].get(gpu)
+        if found is None:
+            continue
+        if rows > found.get("cross_over_rows", 128):
+            return None, f"{source}: above the cross-over"
+        entry = found["entries"].get(entry_key(spec, rows, n, k))
+        if entry is not None:
+            fields = {name: entry[name] for name in Config.__dataclass_fields__}
+            return Config(**fields), source
+    if rows > 128:
+        return None, "rule: above the cross-over"
+    return heuristic(rows, n, k, gpu, sms, most_rows(spec)), "rule"
+
+
+def choose(spec: QuantSpec, rows: int, n: int, k: int, device: "torch.device") -> Config | None:
+    """The configuration for `rows` of x and weights `[n, k]` on `device`; None: dequantize."""
+    gpu, sms = gpu_class(device)
+    return choose_for(spec, rows, n, k, gpu, sms)[0]

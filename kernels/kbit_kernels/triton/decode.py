@@ -1,0 +1,316 @@
+"""From words to halves: the PTX of one decoding step, written out from a `Scheme`.
+
+Every step takes the chunks of a sub-tile, two 16-bit words in a 32-bit register, and gives one
+half2 per output: both halves are computed alike, so the step is elementwise on words. Integers are
+decoded by the magic number: a code OR-ed into the mantissa of 2^m (m mantissa bits: 1024.0 in fp16,
+128.0 in bf16) is 2^m + code; p bits higher up, into that of 2^(m-p), it is 2^(m-p) + code. One
+subtraction, exact, gives the value. `functions._decode_plain` says the same in Triton, for the
+interpreter and for chips that do not speak PTX.
+"""
+
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from kbit_kernels.triton.layout import REGISTER_TABLE_BITS, Scheme
+
+HALF_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+MANTISSA_BITS = {"fp16": 10, "bf16": 7}
+EXPONENT_BITS = {"fp16": 5, "bf16": 8}
+
+
+def twice(value: int) -> str:
+    """A 16-bit pattern in both halves of a register."""
+    return f"0x{value * 0x10001:08x}"
+
+
+def half_bits(value: float, dtype: str) -> int:
+    """Bit pattern of `value`, which must be exact in `dtype`."""
+    half = np.array(value).astype(HALF_DTYPES[dtype])
+    assert float(half) == value, (value, dtype)
+    return int(half.view(np.uint16))
+
+
+def fp_multiplier(exponent: int, dtype: str) -> float:
+    """What brings the bit pattern of an `fp` code, read as a half, to a largest value in [1, 2)."""
+    bias = (1 << (EXPONENT_BITS[dtype] - 1)) - 1
+    return 2.0 ** (bias - ((1 << exponent) - 1))
+
+
+@dataclass
+class _Writer:
+    """Collects instructions; equal instructions give the same register."""
+
+    lines: list[str] = field(default_factory=list)
+    known: dict[tuple[str, ...], str] = field(default_factory=dict)
+
+    def emit(self, opcode: str, *operands: str) -> str:
+        key = (opcode, *operands)
+        if key not in self.known:
+            self.known[key] = register = f"r{len(self.known)}"
+            self.lines.append(f"{opcode} {register}, {', '.join(operands)};")
+        return self.known[key]
+
+    def shift(self, word: str, right: int) -> str:
+        if right == 0:
+            return word
+        return self.emit("shr.u32" if right > 0 else "shl.b32", word, str(abs(right)))
+
+    def and_(self, a: str, mask: str) -> str:
+        return self.emit("and.b32", a, mask)
+
+    def and_or(self, a: str, mask: str, c: str) -> str:
+        return self.emit("lop3.b32", a, mask, c, "0xea")
+
+    def select(self, mask: str, ones: str, zeros: str) -> str:
+        return self.emit("lop3.b32", mask, ones, zeros, "0xca")
+
+    def constant(self, pattern: str) -> str:
+        return self.emit("mov.b32", pattern)
+
+    def text(self, results: list[str]) -> str:
+        moves = [f"mov.b32 ${i}, {register};" for i, register in enumerate(results)]
+        body = [f".reg .b32 r<{max(1, len(self.known))}>;", *self.lines, *moves]
+        return "{\n" + "\n".join(body) + "\n}"
+
+
+def _slot_mask(scheme: Scheme, planes: int) -> str:
+    """Bits that the `planes` widest fields of merged codes fill, in every slot of both halves."""
+    one = 0
+    for part in scheme.fields[0][:planes]:
+        one |= ((1 << part.width) - 1) << (part.offset + scheme.base)
+    return twice(sum(one << bit for bit in range(0, 16, scheme.slot)))
+
+
+def _merge(writer: _Writer, scheme: Scheme, group: int, words: list[str]) -> str:
+    """The codes of a group, each at `scheme.base` of its slot; other bits of a slot are garbage."""
+    fields = scheme.fields[group * (16 // scheme.slot)]  # of slot 0
+    merged = ""
+    for plane, part in enumerate(fields):
+        aligned = writer.shift(words[part.chunk], part.bit - part.offset - scheme.base)
+        merged = writer.select(_slot_mask(scheme, plane), merged, aligned) if plane else aligned
+    return merged
+
+
+def _subtract(writer: _Writer, value: str, constant: float, dtype: str) -> str:
+    if dtype == "fp16":
+        return writer.emit(
+            "sub.rn.f16x2", value, writer.constant(twice(half_bits(constant, dtype)))
+        )
+    one = writer.constant(twice(half_bits(1.0, dtype)))
+    minus = writer.constant(twice(half_bits(-constant, dtype)))
+    return writer.emit("fma.rn.bf16x2", value, one, minus)
+
+
+def _integers(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[str]:
+    """Codes minus 2^(k-1), exact."""
+    bits, mantissa = scheme.bits, MANTISSA_BITS[dtype]
+    middle = float(1 << (bits - 1))
+    mask = (1 << bits) - 1
+    shifts, results = [0], []
+    for position in range(0, 16, scheme.slot):
+        if (
+            bits > mantissa
+        ):  # 8 bits in bf16: the low seven, minus 256 or, where the top is set, 128
+            word = writer.shift(merged, position)
+            magic = twice(half_bits(128.0, dtype))
+            low = writer.and_or(word, twice(0x7F), magic)
+            high = writer.emit("lop3.b32", word, twice(0x80), magic, "0xae")  # (~a & b) | c
+            minus_one = writer.constant(twice(half_bits(-1.0, dtype)))
+            results.append(writer.emit("fma.rn.bf16x2", high, minus_one, low))
+            continue
+        if bits == 8 and position == 8:  # a byte permute saves the shift
+            register = writer.emit("prmt.b32", merged, "0x64646464", "0x4341")
+            results.append(_subtract(writer, register, 1024.0 + middle, dtype))
+            continue
+        fitting = [s for s in shifts if 0 <= position - s <= mantissa - bits]
+        if not fitting:
+            shifts.append(position)
+            fitting = [position]
+        place = position - fitting[0]
+        power = float(1 << (mantissa - place))
+        register = writer.and_or(
+            writer.shift(merged, fitting[0]), twice(mask << place), twice(half_bits(power, dtype))
+        )
+        results.append(_subtract(writer, register, power + middle, dtype))
+    return results
+
+
+def _floats(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[str]:
+    """Sign to bit 15, exponent and mantissa below it, then one multiplication by a power of two."""
+    gap = EXPONENT_BITS[dtype] - scheme.exponent
+    magnitude = ((1 << (scheme.bits - 1)) - 1) << (16 - gap - scheme.bits)
+    multiplier = fp_multiplier(scheme.exponent, dtype)
+    results = []
+    for position in range(0, 16, scheme.slot):
+        top = position + scheme.slot - 1  # merged codes are left-aligned in their slots
+        sign = writer.and_(writer.shift(merged, top - 15), twice(0x8000))
+        value = writer.and_or(writer.shift(merged, top - 15 + gap), twice(magnitude), sign)
+        if multiplier != 1.0:
+            power = writer.constant(twice(half_bits(multiplier, dtype)))
+            if dtype == "fp16":
+                value = writer.emit("mul.rn.f16x2", value, power)
+            else:
+                value = writer.emit("fma.rn.bf16x2", value, power, writer.constant("0x80008000"))
+        results.append(value)
+    return results
+
+
+def _nibble_lookup(
+    writer: _Writer, nibbles: str, wide: bool, low: list[str], high: list[str]
+) -> list[str]:
+    """Four outputs from the four nibbles of each half; tables are bytes in registers.
+
+    A byte permute looks four codes up in eight bytes, so 16 entries take two and a selection by the
+    codes' top bits, which the permute's sign mode spreads over a byte.
+    """
+    # bytes: nibbles 0, 1 of the low half, of the high half; then nibbles 2, 3
+    codes = writer.emit("prmt.b32", nibbles, nibbles, "0x3120")
+    index = writer.and_(codes, "0x77777777") if wide else codes
+    results = []
+    for pair in range(2):
+        selector = writer.shift(index, 16 * pair)
+
+        def lookup(table: list[str], selector: str = selector, pair: int = pair) -> str:
+            if not wide:
+                return writer.emit("prmt.b32", table[0], table[-1], selector)
+            left = writer.shift(codes, -4)
+            mask = writer.emit("prmt.b32", codes, left, "0xbfae" if pair else "0x9d8c")
+            lower = writer.emit("prmt.b32", table[0], table[1], selector)
+            upper = writer.emit("prmt.b32", table[2], table[3], selector)
+            return writer.select(mask, upper, lower)
+
+        low_bytes, high_bytes = lookup(low), lookup(high)
+        results += [
+            writer.emit("prmt.b32", low_bytes, high_bytes, "0x6240"),
+            writer.emit("prmt.b32", low_bytes, high_bytes, "0x7351"),
+        ]
+    return results
+
+
+def _register_table(
+    writer: _Writer, scheme: Scheme, merged: str, low: list[str], high: list[str]
+) -> list[str]:
+    if scheme.bits == 2:  # two nibble words: the even and the odd slots
+        even = writer.and_(merged, "0x33333333")
+        odd = writer.and_(writer.shift(merged, 2), "0x33333333")
+        pairs = zip(
+            _nibble_lookup(writer, even, False, low, high),
+            _nibble_lookup(writer, odd, False, low, high),
+            strict=True,
+        )
+        return [register for pair in pairs for register in pair]
+    if scheme.bits == 3:
+        merged = writer.and_(merged, "0x77777777")
+    return _nibble_lookup(writer, merged, scheme.bits == 4, low, high)
+
+
+def _shared_table(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list[str]:
+    """Lookups in shared memory: one byte permute puts a left-aligned code into the table's address,
+    which is a multiple of 256; only 8-bit codes have to be multiplied by the size of an entry."""
+    if scheme.bits < 8:
+        merged = writer.and_(merged, _slot_mask(scheme, len(scheme.planes)))
+    results = []
+    for low in (0, 1):
+        found = []
+        for byte in (low, low + 2):
+            if scheme.bits < 8:
+                place = writer.emit("prmt.b32", merged, address, f"0x765{byte}")
+            else:
+                index = writer.emit("bfe.u32", merged, str(8 * byte), "8")
+                place = writer.emit("mad.lo.u32", index, "4", address)
+            load = "ld.shared.u16" if scheme.bits == 7 else "ld.shared.b32"
+            found.append(writer.emit(load, f"[{place}]"))
+        results.append(writer.emit("prmt.b32", *found, "0x5410"))
+    return results
+
+
+def table_registers(scheme: Scheme) -> int:
+    """32-bit arguments that the table takes: registers of bytes, or one shared-memory address."""
+    if scheme.kind != "table":
+        return 0
+    return {2: 2, 3: 4, 4: 8}.get(scheme.bits, 1)
+
+
+@lru_cache(maxsize=256)
+def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
+    """The PTX of one step and its constraints.
+
+    Operands: one result per output; one register of two words per chunk; then `table_registers`
+    arguments, each twice (Triton passes 32-bit arguments once per word of the pair).
+
+    Args:
+        scheme: layout and kind.
+        dtype: "fp16" or "bf16", of the values.
+    """
+    writer = _Writer()
+    words = [f"${scheme.outputs + chunk}" for chunk in range(scheme.chunks)]
+    first = scheme.outputs + scheme.chunks
+    table = [f"${first + 2 * i}" for i in range(table_registers(scheme))]
+    low, high = table[: len(table) // 2], table[len(table) // 2 :]
+    results: list[str] = []
+    for group in range(scheme.outputs * scheme.slot // 16):
+        merged = _merge(writer, scheme, group, words)
+        if scheme.kind in ("int", "uint"):
+            results += _integers(writer, scheme, merged, dtype)
+        elif scheme.kind == "fp":
+            results += _floats(writer, scheme, merged, dtype)
+        elif scheme.bits <= REGISTER_TABLE_BITS:
+            results += _register_table(writer, scheme, merged, low, high)
+        else:
+            results += _shared_table(writer, scheme, merged, table[0])
+    inputs = scheme.chunks + 2 * len(table)
+    constraints = ["=r"] * scheme.outputs + ["r"] * inputs
+    return writer.text(results), ",".join(constraints)
+
+
+# Copies a table into shared memory once per program and returns its address: `$1` points to 256
+# 4-byte entries. A .shared variable of an inline block lives as long as the kernel.
+SHARED_TABLE_PTX = """{
+.shared .align 256 .b32 kbit_table[256];
+.reg .b32 i, n, v, s;
+.reg .b64 a, o;
+.reg .pred p;
+mov.u32 i, %tid.x;
+mov.u32 n, %ntid.x;
+mov.u32 $0, kbit_table;
+FILL:
+mul.wide.u32 o, i, 4;
+add.u64 a, $1, o;
+ld.global.nc.b32 v, [a];
+mad.lo.u32 s, i, 4, $0;
+st.shared.b32 [s], v;
+add.u32 i, i, n;
+setp.lt.u32 p, i, 256;
+@p bra FILL;
+bar.sync 0;
+}"""
+
+SUBTRACT_PTX = {
+    "fp16": "sub.rn.f16x2 $0, $1, $2;",
+    "bf16": "{\n.reg .b32 m;\nmov.b32 m, 0xbf80bf80;\nfma.rn.bf16x2 $0, $2, m, $1;\n}",
+}
+
+
+def table_words(values: np.ndarray, scheme: Scheme, dtype: str) -> np.ndarray:
+    """The codebook fp32 `[2^k]` as int32 words for `decode_ptx`.
+
+    For registers `[words, 32 lanes]`, every lane the same: the halves' low bytes, then their high
+    bytes. (Loaded by lane, they stay out of the uniform registers, which byte permutes cannot
+    read.) For shared memory `[256]`: the entry of a code at byte `code << (8 - k)`, the half twice
+    (7 bits: once); for 8 bits at byte `4 * code`.
+    """
+    halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16)
+    if scheme.bits <= REGISTER_TABLE_BITS:
+        low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
+        return np.concatenate([low.view("<i4"), high.view("<i4")])[:, None].repeat(32, axis=1)
+    words = np.zeros(256, dtype=np.uint32)
+    if scheme.bits == 7:
+        words[:64] = halves.view("<u4")
+    else:
+        step = 2 if scheme.bits == 5 else 1
+        words[: step * halves.size : step] = halves.astype(np.uint32) * 0x10001
+    return words.view(np.int32)

@@ -1,0 +1,321 @@
+"""The two kernels, each for every width and data type: the matrix product and dequantization.
+
+Names: a program owns WN x R bands of 16 rows and BM rows of x; of its W = WN * WK warps, WK share
+the same rows and take every WK-th tile of 256 columns. Tensors carry the warp as a batch axis, so
+that a warp multiplies on its own (`tl.dot` in 3 dimensions) and exchanges nothing before the end.
+
+Axes of loaded tensors, slowest first, are chosen so that Triton's own layouts put every element
+into the lane that needs it: what stays in registers (R, BM / 8), warps W, lanes (g 8, t 4), then
+the contiguous words of a lane. The order of the 16 columns k of a product is free, so it is what
+Triton expects lanes to hold: (hi, t, lo), but (t, hi, lo) where bytes (the zeros of `uint`) are
+among the left operand's inputs. With other layouts results are the same, only slower.
+"""
+# mypy: ignore-errors
+# ruff: noqa: RUF005, SIM108 (the Triton language has no such forms)
+
+import triton
+import triton.language as tl
+
+from kbit_kernels.triton.functions import (
+    block_of,
+    block_values,
+    decode,
+    dot,
+    ends_block,
+    per_row,
+    pick,
+    table,
+)
+
+
+# what varies between calls of one layer must not make variants that someone waits for
+@triton.jit(do_not_specialize=["M", "tiles", "factor"])
+def linear_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    means_ptr,
+    table_ptr,
+    extra_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    factor,
+    M,
+    N,
+    K,
+    tiles,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    SPAN: tl.constexpr,
+    FIELDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    EVEN_TILES: tl.constexpr,
+    BM: tl.constexpr,
+    R: tl.constexpr,
+    WN: tl.constexpr,
+    WK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PTX: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    SUBTRACT: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N]; fp32 accumulation.
+
+    `tiles` = ceil(K / 256). SPLIT programs share an output: each writes its part to `partial`, the
+    last to arrive (by `counter`, which it sets back to 0) adds them in the order of the splits, so
+    that results do not depend on timing and nothing needs clearing between calls.
+    """
+    DT: tl.constexpr = x_ptr.dtype.element_ty
+    W: tl.constexpr = WN * WK
+    ROWS: tl.constexpr = R * 16
+    MB: tl.constexpr = BM // 8
+    OUTPUTS: tl.constexpr = len(FIELDS)
+    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    pid_n = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    pid_s = tl.program_id(2)
+    registers = table(table_ptr, BITS, KIND, FILL)
+
+    warp4 = tl.arange(0, W)[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    word = tl.arange(0, 8)[None, None, None, :]
+    first4 = pid_s * WK + warp4 % WK
+    last_band = (N + 15) // 16 - 1  # bands beyond the matrix repeat the last one, unstored
+    band4 = (pid_n * WN + warp4 // WK) * R + tl.arange(0, R)[:, None, None, None]
+    band4 = tl.minimum(band4, last_band).to(tl.int64)
+    w_ptrs = words_ptr + band4 * (tiles * (BITS * 256)) + (first4 * (BITS * 256) + lane * 8 + word)
+
+    warp5 = tl.arange(0, W)[None, :, None, None, None]
+    first5 = pid_s * WK + warp5 % WK
+    warp6 = tl.arange(0, W)[None, None, :, None, None, None]
+    first6 = pid_s * WK + warp6 % WK
+    band6 = pid_n * WN + warp6 // WK
+    band6 = band6 * R + tl.arange(0, R)[None, :, None, None, None, None]
+    band6 = tl.minimum(band6, last_band).to(tl.int64)
+    g = tl.arange(0, 8)[None, None, :, None, None]
+    t = tl.arange(0, 4)[None, None, None, :, None]
+    i = tl.arange(0, 4 * SPAN)[None, None, None, None, :]
+    row = pid_m * BM + tl.arange(0, MB)[:, None, None, None, None] * 8 + g
+    row = tl.minimum(row, M - 1)  # rows beyond M repeat the last one and are not stored
+    column = first5 * 256 + t * (4 * SPAN) + i
+    x_ptrs = x_ptr + (row.to(tl.int64) * K + column)
+
+    acc = tl.zeros([W, ROWS, BM], tl.float32)
+    for step in range(0, tiles, WK * SPLIT):
+        valid4 = step + first4 < tiles
+        tile6 = step + first6
+        valid6 = tile6 < tiles
+        if BLOCK != 0:
+            scales = block_values(scales_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
+        if KIND == "uint":
+            zeros = block_values(zeros_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
+            zeros = zeros.to(tl.float32).to(DT)
+        if HAS_MEANS:
+            means = block_values(means_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
+        part = tl.zeros([W, ROWS, BM], tl.float32)
+        x_sum = tl.zeros([W, ROWS, BM], tl.float32)
+        for u in tl.static_range(SUBTILES):
+            words = ()
+            for c in tl.static_range(CHUNKS):
+                at = w_ptrs + (u * CHUNKS + c) * 256
+                if EVEN_TILES:
+                    words = words + (tl.load(at, eviction_policy="evict_first"),)
+                else:
+                    words = words + (
+                        tl.load(at, mask=valid4, other=0, eviction_policy="evict_first"),
+                    )
+            values = decode(
+                words, registers, table_ptr, PTX, CONSTRAINTS, FIELDS, BITS, KIND, EXPONENT, DT
+            )
+            for pair in tl.static_range(OUTPUTS // SPAN):
+                if BM >= 32:
+                    # else the compiler loads all of x ahead, until registers spill; the warps that
+                    # share these columns also meet in the first-level cache
+                    tl.debug_barrier()
+                at = x_ptrs + (u * (256 // SUBTILES) + pair * (16 * SPAN))
+                if EVEN_K and EVEN_TILES:
+                    x = tl.load(at)
+                else:
+                    inside = step * 256 + column + (u * (256 // SUBTILES) + pair * (16 * SPAN)) < K
+                    x = tl.load(at, mask=inside, other=0.0)
+                # [mb, w, g, t, d, hi, lo] -> [w, k, m = (mb, g)] for each d
+                x = x.reshape(MB, W, 8, 4, SPAN, 2, 2)
+                if KIND == "uint":
+                    x = tl.permute(x, (1, 3, 5, 6, 0, 2, 4))
+                else:
+                    x = tl.permute(x, (1, 5, 3, 6, 0, 2, 4))
+                x = x.reshape(W, 16, BM, SPAN)
+                if SPAN == 2:
+                    x_even, x_odd = tl.split(x)
+                else:
+                    x_even = x.reshape(W, 16, BM)
+                    x_odd = x_even
+                for d in tl.static_range(SPAN):
+                    if d == 0:
+                        x_d = x_even
+                    else:
+                        x_d = x_odd
+                    a = values[pair * SPAN + d]
+                    if KIND == "uint":
+                        z = pick(zeros, BLOCKS, block_of(u, pair * SPAN + d, SUBTILES, BLOCK))
+                        z = tl.broadcast_to(z.reshape(R, W, 8, 4, 2, 1), (R, W, 8, 4, 2, 4))
+                        z = z.reshape(R, W, 32, 8)
+                        if SUBTRACT == "":
+                            a = (a.to(tl.float32) - z.to(tl.float32)).to(DT)
+                        else:
+                            a = tl.inline_asm_elementwise(
+                                SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=True, pack=2
+                            )
+                    # [R, w, g, t, r, hi, lo] -> [w, rows = (R, r, g), k]
+                    a = a.reshape(R, W, 8, 4, 2, 2, 2)
+                    if KIND == "uint":
+                        a = tl.permute(a, (1, 0, 4, 2, 3, 5, 6))
+                    else:
+                        a = tl.permute(a, (1, 0, 4, 2, 5, 3, 6))
+                    a = a.reshape(W, ROWS, 16)
+                    if BLOCK == 0:
+                        acc = dot(a, x_d, acc)
+                    else:
+                        part = dot(a, x_d, part)
+                        if HAS_MEANS:
+                            x_sum = dot(tl.full([W, ROWS, 16], 1.0, tl.float32).to(DT), x_d, x_sum)
+                        if ends_block(u, pair * SPAN + d, SUBTILES, BLOCK):
+                            s = per_row(
+                                pick(scales, BLOCKS, block_of(u, pair * SPAN + d, SUBTILES, BLOCK))
+                            )
+                            scaled = part.reshape(W, ROWS, MB, 4, 2) * s
+                            if HAS_MEANS:
+                                mean = per_row(
+                                    pick(
+                                        means,
+                                        BLOCKS,
+                                        block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
+                                    )
+                                )
+                                scaled += x_sum.reshape(W, ROWS, MB, 4, 2) * mean
+                                x_sum = tl.zeros([W, ROWS, BM], tl.float32)
+                            acc += scaled.reshape(W, ROWS, BM)
+                            part = tl.zeros([W, ROWS, BM], tl.float32)
+        w_ptrs += WK * SPLIT * (BITS * 256)
+        x_ptrs += WK * SPLIT * 256
+
+    y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1)  # [WN, ROWS, BM]
+    n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * ROWS + tl.arange(0, ROWS)[None, :, None]
+    m = tl.arange(0, BM)[None, None, :]
+    if SPLIT > 1:
+        tile_id = pid_m * tl.num_programs(0) + pid_n
+        size: tl.constexpr = WN * ROWS * BM
+        local = (n - pid_n * (WN * ROWS)) * BM + m
+        base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
+        tl.store(base + pid_s * size, y, mask=pid_m * BM + m < M)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
+        if arrived < SPLIT - 1:
+            return
+        tl.store(counter_ptr + tile_id, 0)
+        y = tl.zeros([WN, ROWS, BM], tl.float32)
+        for s in range(SPLIT):
+            y += tl.load(base + s * size, mask=pid_m * BM + m < M, other=0.0, cache_modifier=".cg")
+    inside = (n < N) & (pid_m * BM + m < M)
+    at = (pid_m * BM + m).to(tl.int64) * N + n
+    if BLOCK == 0:
+        y *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    y *= factor
+    if HAS_EXTRA:
+        y += tl.load(extra_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["tiles", "factor"])
+def dequantize_kernel(
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    means_ptr,
+    table_ptr,
+    out_ptr,
+    factor,
+    N,
+    K,
+    tiles,
+    BITS: tl.constexpr,
+    KIND: tl.constexpr,
+    EXPONENT: tl.constexpr,
+    SPAN: tl.constexpr,
+    FIELDS: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SUBTILES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HAS_MEANS: tl.constexpr,
+    W: tl.constexpr,
+    PTX: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+    FILL: tl.constexpr,
+):
+    """out [N, K] = the weights in out's dtype; a program takes one band of 16 rows and W tiles."""
+    DT: tl.constexpr = out_ptr.dtype.element_ty
+    OUTPUTS: tl.constexpr = len(FIELDS)
+    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    registers = table(table_ptr, BITS, KIND, FILL)
+    band = tl.program_id(0)
+    warp4 = tl.arange(0, W)[None, :, None, None]
+    lane = tl.arange(0, 32)[None, None, :, None]
+    word = tl.arange(0, 8)[None, None, None, :]
+    tile4 = tl.program_id(1) * W + warp4
+    w_ptrs = words_ptr + (band.to(tl.int64) * tiles + tile4) * (BITS * 256) + (lane * 8 + word)
+
+    band6 = band.to(tl.int64) + tl.zeros([1, 1, 1, 1, 1, 1], tl.int32)
+    tile6 = tl.program_id(1) * W + tl.arange(0, W)[None, None, :, None, None, None]
+    scales = block_values(scales_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+    if KIND == "uint":
+        zeros = block_values(zeros_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+    if HAS_MEANS:
+        means = block_values(means_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+
+    # stored as [r, w, g, t * (columns of a lane)]
+    rows = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
+    rows = band * 16 + rows
+    columns = tile4 * 256 + tl.arange(0, 16 * SPAN)[None, None, None, :]
+    for u in tl.static_range(SUBTILES):
+        words = ()
+        for c in tl.static_range(CHUNKS):
+            at = w_ptrs + (u * CHUNKS + c) * 256
+            words = words + (
+                tl.load(at, mask=tile4 < tiles, other=0, eviction_policy="evict_first"),
+            )
+        values = decode(
+            words, registers, table_ptr, PTX, CONSTRAINTS, FIELDS, BITS, KIND, EXPONENT, DT
+        )
+        for pair in tl.static_range(OUTPUTS // SPAN):
+            # the outputs of a pair lie in one block
+            s = pick(scales, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+            s = (s.to(tl.float32) * factor).reshape(1, W, 8, 4, 2, 1)
+            a = values[pair * SPAN]
+            if SPAN == 2:
+                a = tl.join(a, values[pair * SPAN + 1])
+            # [1, w, g, t, r, i, d] -> [1, w, g, t, r, (d, i)]
+            a = tl.permute(a.reshape(1, W, 8, 4, 2, 4, SPAN), (0, 1, 2, 3, 4, 6, 5))
+            a = a.reshape(1, W, 8, 4, 2, 4 * SPAN).to(tl.float32)
+            if KIND == "uint":
+                z = pick(zeros, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+                a -= z.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
+            a *= s
+            if HAS_MEANS:
+                mean = pick(means, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+                a += mean.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
+            a = tl.permute(a, (0, 4, 1, 2, 3, 5)).reshape(2, W, 8, 16 * SPAN)
+            k = columns + (u * (256 // SUBTILES) + pair * (16 * SPAN))
+            tl.store(out_ptr + (rows.to(tl.int64) * K + k), a.to(DT), mask=(rows < N) & (k < K))

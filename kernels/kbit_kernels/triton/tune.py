@@ -1,0 +1,93 @@
+"""Search of configurations on the card at hand; `kbit tune` calls it, nothing else does."""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from kbit_kernels.spec import QuantSpec
+from kbit_kernels.triton.configs import (
+    COLUMNS,
+    MAX_WARPS,
+    ROW_BUCKETS,
+    Config,
+    as_entry,
+    bucket,
+    entry_key,
+    gpu_class,
+    heuristic,
+    most_rows,
+    tuned_path,
+    write,
+)
+from kbit_kernels.triton.device import DeviceTensor, fused_linear
+from kbit_kernels.triton.measure import Timed, copies, medians_us, random_weight
+
+Shape = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Found:
+    """The best configuration of one entry and what the rule's would have taken."""
+
+    key: str
+    config: Config
+    us: float
+    rule_us: float
+
+
+def candidates(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> list[Config]:
+    """What is worth measuring: the rule's choice first, then its neighbours."""
+    rule = heuristic(rows, n, k, gpu, sms, most)
+    tiles = -(-k // COLUMNS)
+    found = [rule]
+    for bands in (1, 2) if rule.rows_x <= 32 else (1,):
+        for warps_n in (1, 2) if rule.rows_x <= 16 else (2, 4):
+            for warps_k in (1, 2, 4, 8):
+                if warps_n * warps_k > MAX_WARPS or warps_k > tiles:
+                    continue
+                for split in (1, 2, 4, 8):
+                    programs = -(-n // (16 * bands * warps_n)) * split
+                    warps = programs * warps_n * warps_k
+                    # fewer than 4 warps a multiprocessor can't load at full speed
+                    if warps_k * split <= tiles and 4 * sms <= warps <= 96 * sms:
+                        found.append(Config(rule.rows_x, bands, warps_n, warps_k, split))
+    return list(dict.fromkeys(found))
+
+
+def tune(
+    specs: Iterable[QuantSpec],
+    shapes: Iterable[Shape],
+    rows: Iterable[int] = ROW_BUCKETS,
+    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+) -> Iterator[Found]:
+    """Measure every candidate for each spec, shape and bucket of rows; yield the best of each.
+
+    Every result is saved to `configs.tuned_path()` before the next search starts, so that an
+    interrupted run keeps what it found.
+    """
+    gpu, sms = gpu_class(torch.device("cuda", torch.cuda.current_device()))
+    jobs = [(s, shape, bucket(m)) for s in specs for shape in shapes for m in rows]
+    for done, (spec, (n, k), m) in enumerate(jobs):
+        key = entry_key(spec, m, n, k)
+        progress(done, len(jobs), f"{spec} {n}x{k}, {m} rows")
+        first = random_weight(spec, (n, k))
+        weights = [first]
+        weights += [random_weight(spec, (n, k)) for _ in range(copies(first.nbytes) - 1)]
+        x = torch.randn((m, k), dtype=torch.float16, device="cuda")
+        configs = candidates(m, n, k, gpu, sms, most_rows(spec))
+
+        def timed(
+            config: Config, x: torch.Tensor = x, weights: list[DeviceTensor] = weights
+        ) -> Timed:
+            return Timed([partial(fused_linear, x, weight, config) for weight in weights])
+
+        quick = {config: medians_us({"": timed(config)}, rounds=3)[""] for config in configs}
+        finalists = {str(c): c for c in (configs[0], *sorted(quick, key=quick.__getitem__)[:3])}
+        times = medians_us({name: timed(c) for name, c in finalists.items()})
+        best = min(times, key=times.__getitem__)
+        found = Found(key, finalists[best], times[best], times[str(configs[0])])
+        write(tuned_path(), gpu, {key: as_entry(found.config, f"tuned, {found.us:.1f} us")})
+        yield found
+    progress(len(jobs), len(jobs), "done")

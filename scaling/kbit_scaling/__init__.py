@@ -1,0 +1,1 @@
+"""The scaling study: sweep bits against model size, fit the law, plot it, act on it."""

@@ -1,0 +1,175 @@
+"""`kbit sweep`; light at import, like all commands."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from .records import Record, Store
+    from .run import Plan, Settings
+    from .study import Study
+
+StudyArgument = Annotated[
+    Path, typer.Argument(help="A study file (TOML).", show_default=False, metavar="STUDY.toml")
+]
+Paths = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--path", help="Folder for a name in [paths]; may be repeated.", metavar="NAME=DIR"
+    ),
+]
+Records = Annotated[
+    Path | None,
+    typer.Option(
+        help="The records, in place of the study's.", metavar="FILE", show_default="study's"
+    ),
+]
+
+
+def _paths(given: list[str] | None) -> dict[str, str]:
+    from kbit.errors import KbitError
+
+    found = {}
+    for item in given or []:
+        name, separator, folder = item.partition("=")
+        if not separator or not name or not folder:
+            raise KbitError(f"--path {item!r}: write NAME=DIR")
+        found[name] = folder
+    return found
+
+
+def sweep(
+    study: StudyArgument,
+    path: Paths = None,
+    records: Records = None,
+    executor: Annotated[str, typer.Option(help="inline, pool or ray.")] = "pool",
+    workers: Annotated[
+        int, typer.Option(help="Processes of the pool, or of a Ray started here.")
+    ] = 2,
+    threads: Annotated[int, typer.Option(help="CPU threads of each worker.")] = 1,
+    address: Annotated[
+        str | None, typer.Option(help="A Ray cluster: its address, or auto.", show_default="none")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Where models run: cpu or cuda.")] = "cpu",
+    cache: Annotated[Path, typer.Option(help="Folder for reference logits.", metavar="DIR")] = Path(
+        "build/study-cache"
+    ),
+    cache_gb: Annotated[float, typer.Option(help="Most disk for reference logits.")] = 4.0,
+    retry_failed: Annotated[bool, typer.Option(help="Run failed cells again.")] = False,
+    stop_after: Annotated[
+        float | None,
+        typer.Option(help="Start nothing new after so many seconds.", show_default="never"),
+    ] = None,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Say what would run, and stop.")
+    ] = False,
+) -> None:
+    """Measure every cell of a study that is not recorded yet."""
+    from kbit.errors import KbitError
+
+    from .executors import get_executor
+    from .records import Store
+    from .run import Settings, plan
+    from .run import sweep as run_sweep
+    from .study import read_study
+
+    read = read_study(study, _paths(path))
+    store = Store(records or read.records)
+    settings = Settings(
+        read.texts, read.tasks, cache.resolve(), int(cache_gb * 1e9), threads, device
+    )
+    planned = plan(read, store, settings, retry=retry_failed)
+    _announce(read, store, planned, settings)
+    if plan_only:
+        return
+    for record in planned.failures:
+        store.add(record)
+    failed = planned.old_failures + len(planned.failures)
+    if planned.todo:
+        chosen = get_executor(executor, workers, address)
+        with _Bar(planned, failed) as bar:
+            run_sweep(planned.todo, store, settings, chosen, bar.on_record, stop_after)
+            failed = bar.failed
+            left = planned.cells - bar.done
+        if left > 0:
+            print(f"{left} cells are left; the same command goes on with them", file=sys.stderr)
+    ok = sum(record.status == "ok" for record in store)
+    print(f"{ok} cells recorded in {store.path}, {failed} failed")
+    for reason, count in _reasons(store):
+        print(f"  failed {count} x: {reason}", file=sys.stderr)
+    if not ok:
+        raise KbitError(f"all cells failed; the reasons stand in {store.path}")
+
+
+def _reasons(store: Store) -> list[tuple[str, int]]:
+    from collections import Counter
+
+    return Counter(r.error or "" for r in store if r.status == "failed").most_common(5)
+
+
+def _announce(study: Study, store: Store, plan: Plan, settings: Settings) -> None:
+    def say(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    say(f"{study.name}: {plan.total} cells of {len(study.models)} models; {plan.done} recorded, "
+        f"{plan.cells} to run")  # fmt: skip
+    if study.left_out:
+        say(f"  {study.left_out} combinations left out: the data type has no such width or block")
+    for pattern in study.missing:
+        say(f"  no model at {pattern}: its cells are not part of this run")
+    if store.damaged:
+        lines = ", ".join(map(str, store.damaged[:5]))
+        say(f"  {store.path}: line {lines} is damaged (a crash?); its cells run again")
+    if plan.reference_bytes:
+        used = min(plan.reference_bytes, settings.cache_bytes) / 1e9
+        say(f"  reference logits: at most {used:.1f} GB in {settings.cache}")
+
+
+class _Bar:
+    """Cells done, failed and time left, on standard error; plain lines where it is no terminal."""
+
+    def __init__(self, plan: Plan, failed: int) -> None:
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+
+        self.failed = failed
+        self.done = 0
+        self._total = plan.cells
+        self._progress = Progress(
+            TextColumn("cells"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[failed]} failed"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}"),
+            console=Console(stderr=True),
+            disable=not sys.stderr.isatty(),
+        )
+        self._task = self._progress.add_task("cells", total=plan.cells, failed=failed, last="")
+
+    def __enter__(self) -> _Bar:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *unused: object) -> None:
+        self._progress.stop()
+
+    def on_record(self, record: Record, new: bool) -> None:
+        self.done += 1
+        self.failed += record.status == "failed"
+        last = f"{record.model} {record.spec} {record.metric}"
+        self._progress.update(self._task, advance=1, failed=self.failed, last=last)
+        if not sys.stderr.isatty() and self.done % 50 == 0:
+            print(f"{self.done}/{self._total} cells, {self.failed} failed", file=sys.stderr)

@@ -1,0 +1,238 @@
+"""`kbit fit`, `plot`, `report` and `advise`: what is made of records; light at import."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .commands import Paths, Records, _paths
+
+if TYPE_CHECKING:
+    from .analysis import LawStudy
+    from .records import Store
+    from .summary import Summary
+
+Source = Annotated[
+    Path,
+    typer.Argument(
+        help="A study file, records (.jsonl, .jsonl.gz), or a published grid (.csv).",
+        show_default=False,
+        metavar="STUDY",
+    ),
+]
+Laws = Annotated[
+    str,
+    typer.Option(help="Laws to fit, by name, with commas.", show_default="all", metavar="NAMES"),
+]
+Groups = Annotated[
+    str,
+    typer.Option(
+        help="Cells to fit, such as nf-b64,int-b64.", show_default="the main ones", metavar="NAMES"
+    ),
+]
+Replicates = Annotated[int, typer.Option(help="Draws of the bootstrap; 0 is none.", min=0)]
+Paper = Annotated[Path | None, typer.Option("--out", help="Folder for the results.", metavar="DIR")]
+
+
+def fit(
+    source: Source,
+    laws: Laws = "",
+    groups: Groups = "",
+    replicates: Replicates = 200,
+    records: Records = None,
+    out: Paper = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Fit the k-bit laws to a study, with intervals and a held-out test."""
+    import json
+
+    from .summary import law_json, law_table
+
+    studies, document = _fitted(source, laws, groups, replicates, records)
+    text = json.dumps(document or {"laws": [law_json(s) for s in studies]}, indent=1)
+    if out is not None:
+        _write(out / "fits.json", text + "\n")
+    print(text if as_json else "\n\n".join(law_table(s) for s in studies))
+
+
+def _fitted(
+    source: Path, laws: str, groups: str, replicates: int, records: Path | None
+) -> tuple[tuple[LawStudy, ...], dict[str, object] | None]:
+    from .laws import get_laws
+
+    if source.suffix == ".csv":
+        from .published import published_laws, read_grid
+
+        chosen = get_laws(_names(laws))
+        grids = read_grid(source)
+        return tuple(published_laws(g, chosen, replicates=replicates) for g in grids), None
+    summary = _summary(source, records, laws, groups, replicates)
+    return summary.laws, summary.as_json()
+
+
+def _summary(
+    source: Path, records: Path | None, laws: str = "", groups: str = "", replicates: int = 100
+) -> Summary:
+    from .summary import summarize
+
+    return summarize(
+        _store(source, records), laws=_names(laws), groups=_names(groups), replicates=replicates
+    )
+
+
+def _store(source: Path, records: Path | None) -> Store:
+    """The records of a study file, or the records themselves."""
+    import tomllib
+
+    from kbit.errors import KbitError
+
+    from .records import Store
+
+    if source.suffix == ".toml" and records is None:
+        try:
+            name = tomllib.loads(source.read_text(encoding="utf-8")).get("records", "records.jsonl")
+        except (OSError, ValueError) as error:
+            raise KbitError(f"{source}: cannot be read as a study ({error})") from None
+        records = source.parent / str(name)
+        packed = records.with_name(records.name + ".gz")
+        if not records.exists() and packed.exists():
+            records = packed
+    path = records or source
+    if not path.exists():
+        raise KbitError(f"{path}: there are no records yet; run `kbit sweep {source}` first")
+    store = Store(path)
+    if store.damaged:
+        lines = ", ".join(map(str, store.damaged[:5]))
+        print(f"{path}: line {lines} is damaged and left out", file=sys.stderr)
+    return store
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _write(path: Path, text: str) -> None:
+    from .report import write
+
+    write(path, text)
+    print(path, file=sys.stderr)
+
+
+def plot(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="Folder for the figures.", metavar="DIR")] = Path(
+        "figures"
+    ),
+    kind: Annotated[str, typer.Option(help="svg, png or pdf.")] = "svg",
+    replicates: Replicates = 100,
+    records: Records = None,
+) -> None:
+    """Draw a study's figures: loss over size, divergence over bits, laws, Pareto front."""
+    from kbit.errors import KbitError
+
+    if kind not in ("svg", "png", "pdf"):
+        raise KbitError(f"--kind {kind!r}: write svg, png or pdf")
+    from .figures import held_out, law_residuals
+    from .plot import draw_all
+
+    if source.suffix == ".csv":
+        studies, _ = _fitted(source, "", "", 0, None)
+        drawn = [*(law_residuals(s) for s in studies), held_out(studies)]
+    else:
+        drawn = _summary(source, records, replicates=replicates).figures()
+    for path in draw_all(drawn, out, f".{kind}"):
+        print(path)
+
+
+def report(
+    source: Source,
+    out: Annotated[Path, typer.Option(help="The page.", metavar="FILE")] = Path("report.html"),
+    replicates: Replicates = 100,
+    records: Records = None,
+    findings: Annotated[
+        Path | None,
+        typer.Option(help="Text for the top: plain, or the head of Markdown.", metavar="FILE"),
+    ] = None,
+) -> None:
+    """Write a study as one HTML page: method, figures, tables, intervals, failures."""
+    import tomllib
+
+    from . import report as pages
+
+    summary = _summary(source, records, replicates=replicates)
+    title, question = source.stem, "Which model at which width, for a given number of bytes?"
+    if source.suffix == ".toml":
+        study = tomllib.loads(source.read_text(encoding="utf-8"))
+        title = study.get("title") or study.get("name", title)
+        question = study.get("question") or question
+    commands = [f"kbit sweep {source.name}", f"kbit fit {source.name} --replicates {replicates}",
+                f"kbit report {source.name} --replicates {replicates}"]  # fmt: skip
+    words = findings.read_text(encoding="utf-8") if findings else ""
+    if words.startswith("# "):  # of a Markdown file: the paragraphs before its first section
+        words = words.partition("\n")[2].partition("\n## ")[0]
+    page = pages.page(summary, title=title, question=question, commands=commands, findings=words)
+    _write(out, page)
+
+
+def advise(
+    source: Source,
+    memory: Annotated[str, typer.Option(help="Memory there is, such as 6GB.", metavar="BYTES")],
+    context: Annotated[int, typer.Option(help="Tokens that the cache has to hold.", min=1)] = 2048,
+    overhead: Annotated[str, typer.Option(help="Memory besides weights and cache.")] = "120MB",
+    family: Annotated[
+        str | None, typer.Option(help="This family only.", show_default="all")
+    ] = None,
+    text: Annotated[
+        str | None, typer.Option(help="Rank by this text.", show_default="the first")
+    ] = None,
+    top: Annotated[int, typer.Option(help="Places to show.", min=1)] = 3,
+    path: Paths = None,
+    records: Records = None,
+) -> None:
+    """Name the best model and width for an amount of memory."""
+    from kbit.errors import KbitError
+
+    from . import advise as advice
+    from .summary import summarize
+
+    store = _store(source, records)
+    summary = summarize(store, replicates=0)
+    metric = text or next(iter(summary.frames))
+    if metric not in summary.frames:
+        raise KbitError(f"no text named {metric!r}; the study has: {', '.join(summary.frames)}")
+    law = next((s for s in summary.laws if (s.metric, s.target) == (metric, "loss")), None)
+    room = advice.parse_memory(memory)
+    shapes = {}
+    if source.suffix == ".toml":
+        from .study import read_study
+
+        try:
+            shapes = advice.shapes_of(read_study(source, _paths(path)))
+        except KbitError as reason:
+            print(f"the cache is estimated: {reason}", file=sys.stderr)
+    found = advice.advise(
+        summary.frames[metric],
+        law,
+        room,
+        context=context,
+        overhead_bytes=advice.parse_memory(overhead),
+        family=family,
+        shapes=shapes,
+    )
+    print(f"{memory} ({overhead} of it overhead, a cache for {context} tokens), text {metric}:")
+    for place, candidate in enumerate(found.ranked[:top], 1):
+        print(f"{place}. {advice.describe(candidate)}")
+    if len(found.ranked) > 1:
+        scale = 1.4426950408889634
+        error = found.behind_stderr * scale
+        known = f" ± {error:.4f} (paired)" if error == error else ""
+        print(f"second place is {found.behind * scale:.4f}{known} bits per byte behind")
+    best = law.best_held_out if law is not None else None
+    if best is not None:
+        print(f"law: {best.label} {best.name}, off by x{2.718281828 ** best.held_out_log:.2f} "
+              f"(median) on the held-out {law.held_out if law else ''}")  # fmt: skip
+    if found.too_large:
+        print(f"{found.too_large} more would not fit")

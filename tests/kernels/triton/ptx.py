@@ -1,0 +1,96 @@
+"""Runs the PTX that kbit writes on numpy arrays: an arithmetic unit for a dozen instructions.
+
+Registers are uint32 arrays, one element per thread. It knows exactly what `decode` emits and
+refuses the rest, so that the text that ptxas gets is the text that is tested.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+U32 = np.ndarray
+
+
+def _halves(value: U32, dtype: Any) -> np.ndarray:
+    return np.ascontiguousarray(value).view(np.uint16).view(dtype)
+
+
+def _lop3(a: U32, b: U32, c: U32, table: U32) -> U32:
+    lut = int(np.unique(table).item())
+    out = np.zeros_like(a)
+    for row in range(8):
+        if lut >> row & 1:
+            out |= (a if row & 4 else ~a) & (b if row & 2 else ~b) & (c if row & 1 else ~c)
+    return out
+
+
+def _prmt(a: U32, b: U32, selector: U32) -> U32:
+    source = a.astype(np.uint64) | b.astype(np.uint64) << np.uint64(32)
+    out = np.zeros_like(a)
+    for byte in range(4):
+        nibble = (selector >> np.uint32(4 * byte)) & np.uint32(15)
+        found = (source >> ((nibble & np.uint32(7)).astype(np.uint64) * np.uint64(8))).astype(
+            np.uint32
+        ) & np.uint32(0xFF)
+        sign = np.where(found & np.uint32(0x80), np.uint32(0xFF), np.uint32(0))
+        out |= np.where(nibble & np.uint32(8), sign, found) << np.uint32(8 * byte)
+    return out
+
+
+def _arithmetic(operation: Callable[..., np.ndarray], dtype: Any) -> Callable[..., U32]:
+    def run(*operands: U32) -> U32:
+        values = [_halves(operand, dtype).astype(np.float64) for operand in operands]
+        # two or three halves: the fp64 result is exact, so there is one rounding, as in hardware
+        result = operation(*values).astype(dtype)
+        return np.ascontiguousarray(result).view(np.uint16).view(np.uint32)
+
+    return run
+
+
+INSTRUCTIONS: dict[str, Callable[..., U32]] = {
+    "mov.b32": lambda a: a.copy(),
+    "shr.u32": lambda a, n: a >> n,
+    "shl.b32": lambda a, n: a << n,
+    "and.b32": lambda a, b: a & b,
+    "lop3.b32": _lop3,
+    "prmt.b32": _prmt,
+    "bfe.u32": lambda a, start, width: (a >> start) & ((np.uint32(1) << width) - np.uint32(1)),
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "sub.rn.f16x2": _arithmetic(lambda a, b: a - b, np.float16),
+    "mul.rn.f16x2": _arithmetic(lambda a, b: a * b, np.float16),
+    "fma.rn.bf16x2": _arithmetic(lambda a, b, c: a * b + c, ml_dtypes.bfloat16),
+}
+
+
+def run(text: str, inputs: Sequence[U32], outputs: int, shared: U32 | None = None) -> list[U32]:
+    """Execute a block: operand `$outputs + i` is `inputs[i]`; returns `$0 .. $outputs - 1`.
+
+    `shared` is shared memory from address 0 in 32-bit words.
+    """
+    registers: dict[str, U32] = {f"${outputs + i}": value for i, value in enumerate(inputs)}
+    shape = inputs[0].shape
+
+    def read(operand: str) -> U32:
+        if re.fullmatch(r"(0x[0-9a-f]+|\d+)", operand):
+            return np.full(shape, int(operand, 0), dtype=np.uint32)
+        return registers[operand]
+
+    body = text.strip().removeprefix("{").removesuffix("}")
+    for line in filter(None, (line.strip() for line in body.splitlines())):
+        if line.startswith(".reg"):
+            continue
+        match = re.fullmatch(r"(\S+) ([$\w]+), (.*);", line)
+        assert match is not None, line
+        opcode, target, operands = match[1], match[2], match[3].split(", ")
+        if opcode in ("ld.shared.b32", "ld.shared.u16"):
+            assert shared is not None
+            size, words = (4, shared) if opcode.endswith("b32") else (2, shared.view(np.uint16))
+            address = read(operands[0].strip("[]"))
+            assert not (address % size).any()
+            registers[target] = words[address // size].astype(np.uint32)
+        else:
+            registers[target] = INSTRUCTIONS[opcode](*map(read, operands))
+    return [registers[f"${i}"] for i in range(outputs)]

@@ -1,0 +1,89 @@
+"""Which configuration is chosen, and what may be in a table."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("torch")
+
+from kbit_kernels import QuantSpec
+from kbit_kernels.triton import available, configs
+from kbit_kernels.triton.configs import Config
+
+SPEC = QuantSpec("int", 4)
+ARGUMENTS = ("sm_90", 132)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs.choose_for.cache_clear()
+    yield configs.tuned_path()
+    configs.choose_for.cache_clear()
+
+
+@pytest.mark.parametrize("gpu", configs.SHIPPED_CLASSES)
+def test_the_rule_fits_every_shape(gpu: str) -> None:
+    sms = configs.SHIPPED_CLASSES[gpu]
+    for n, k in [*configs.SHIPPED_SHAPES, (1, 32), (576, 1536), (49152, 576), (128256, 4096)]:
+        for rows in (1, 2, 8, 9, 16, 17, 64, 100):
+            config = configs.heuristic(rows, n, k, gpu, sms)
+            tiles = -(-k // configs.COLUMNS)
+            assert config.rows_x >= min(rows, 64)
+            assert config.warps_k * config.split <= max(tiles, config.warps_n)
+            assert config.warps_n * config.warps_k <= configs.MAX_WARPS
+            for value in (config.bands, config.warps_n, config.warps_k, config.split):
+                assert value.bit_count() == 1
+
+
+def test_one_to_eight_rows_share_a_configuration() -> None:
+    found = {configs.heuristic(rows, 8192, 8192, *ARGUMENTS) for rows in range(1, 9)}
+    assert len(found) == 1
+
+
+def test_tuning_goes_before_the_rule(cache: Path) -> None:
+    config, source = configs.choose_for(SPEC, 3, 8192, 8192, *ARGUMENTS)
+    assert source == "rule"
+    better = Config(8, 2, 1, 4, 2)
+    assert better != config
+    key = configs.entry_key(SPEC, 3, 8192, 8192)
+    configs.write(cache, "sm_90", {key: configs.as_entry(better, "tuned")})
+    assert configs.choose_for(SPEC, 1, 8192, 8192, *ARGUMENTS) == (better, "tuned")
+    assert configs.choose_for(SPEC, 1, 4096, 4096, *ARGUMENTS)[1] == "rule"
+    assert configs.choose_for(SPEC, 1, 8192, 8192, "sm_80", 108)[1] == "rule"
+
+
+def test_a_second_search_keeps_the_first(cache: Path) -> None:
+    entry = configs.as_entry(Config(8, 1, 1, 4, 1), "tuned")
+    configs.write(cache, "sm_90", {"k4-m8-1x32": entry})
+    configs.write(cache, "sm_90", {"k3-m8-1x32": entry})
+    configs.write(cache, "sm_80", {"k4-m8-1x32": entry})
+    classes = json.loads(cache.read_text())["classes"]
+    assert set(classes["sm_90"]["entries"]) == {"k4-m8-1x32", "k3-m8-1x32"}
+    assert set(classes) == {"sm_80", "sm_90"}
+    assert [path.name for path in cache.parent.iterdir()] == [cache.name]
+
+
+def test_many_rows_go_to_cublas(cache: Path) -> None:
+    assert configs.choose_for(SPEC, 129, 8192, 8192, *ARGUMENTS)[0] is None
+    assert configs.choose_for(SPEC, 128, 8192, 8192, *ARGUMENTS)[0] is not None
+    configs.write(cache, "sm_90", {}, cross_over_rows=40)
+    assert configs.choose_for(SPEC, 41, 8192, 8192, *ARGUMENTS) == (
+        None,
+        "tuned: above the cross-over",
+    )
+
+
+def test_shipped_table_names_known_classes() -> None:
+    table = json.loads(configs.SHIPPED.read_text())
+    assert set(table["classes"]) == set(configs.SHIPPED_CLASSES)
+
+
+def test_availability_has_a_reason() -> None:
+    usable, reason = available()
+    assert reason
+    import torch
+
+    assert usable <= torch.cuda.is_available()

@@ -1,0 +1,136 @@
+"""Every width and data type through the kernels, under Triton's interpreter, against the reference.
+
+Two ways of decoding are held to the same bounds: plain Triton, and the PTX that NVIDIA chips run,
+executed instruction by instruction by `ptx`. Outputs hold NaN before the kernels run.
+"""
+
+import itertools
+from typing import Any
+
+import pytest
+
+from kbit_kernels.formats import DATA_TYPES
+from tests.kernels.triton.conftest import Run
+
+WIDTHS = range(2, 9)
+BLOCKS = ("b32", "b64", "b128", "b256", "row")
+ALL_BLOCKS = ("b16", *BLOCKS, "b512", "b1024")
+# rows_x, bands, warps_n, warps_k, split
+PLAIN = [8, 1, 1, 2, 1]
+PATHS = {
+    "one-warp": (1, [8, 1, 1, 1, 1]),
+    "eight-rows": (8, [8, 1, 1, 4, 1]),
+    "two-bands": (5, [8, 2, 1, 2, 1]),
+    "split": (3, [8, 1, 1, 1, 2]),
+    "split-uneven": (2, [8, 1, 1, 2, 4]),
+    "sixteen-rows": (13, [16, 1, 1, 2, 1]),
+    "sixteen-rows-split": (16, [16, 2, 1, 1, 2]),
+    "gemm-32": (27, [32, 2, 2, 2, 1]),
+    "gemm-64": (64, [64, 1, 4, 1, 1]),
+    "gemm-64-split": (50, [64, 1, 2, 1, 2]),
+    "many-rows": (37, [32, 1, 2, 1, 2]),
+}
+PATH_CASES = [
+    *((path, "int4-b64") for path in PATHS),
+    ("split-uneven", "uint3-b32"),
+    ("gemm-32", "uint8-row"),
+    ("sixteen-rows", "nf5-row"),
+    ("gemm-64", "fp6e3-b128"),
+]
+
+
+def names(width: int) -> list[str]:
+    return [
+        f"{row.name}{width}" if not row.name[-1].isdigit() else row.name
+        for row in DATA_TYPES.values()
+        if width in row.widths
+    ]
+
+
+ALL_TYPES = [(width, name) for width in WIDTHS for name in names(width)]
+DECODED_APART = [(k, f"{name}{k}") for k in WIDTHS for name in ("int", "uint", "fp", "nf")]
+
+
+def check(run: Run, spec: str, *, ptx: bool, **case: Any) -> None:
+    shape = {"n": 40, "k": 352, "m": 3, "dtype": "float16", "config": PLAIN} | case
+    answer = run(spec=spec, ptx=ptx, **shape)
+    assert answer["linear"] <= 1.0, answer
+    assert answer["dequantize"] <= 1.0, answer
+    assert (answer["ptx_blocks"] > 0) == ptx
+
+
+@pytest.mark.parametrize(("width", "name"), ALL_TYPES)
+def test_every_type_and_width(interpreted: Run, width: int, name: str) -> None:
+    at = ALL_TYPES.index((width, name))
+    block = "b64" if name == "af4" else BLOCKS[at % len(BLOCKS)]
+    dtype = ("float16", "bfloat16")[at % 2]
+    check(interpreted, f"{name}-{block}", ptx=False, dtype=dtype, n=24, k=288)
+
+
+@pytest.mark.parametrize(("width", "name"), DECODED_APART)
+def test_ptx(interpreted: Run, width: int, name: str) -> None:
+    at = DECODED_APART.index((width, name))
+    dtype = ("bfloat16", "float16")[at % 2]  # test_decode has every code in both
+    block = BLOCKS[(at + 2) % len(BLOCKS)]
+    check(interpreted, f"{name}-{block}", ptx=True, dtype=dtype, n=16, k=256)
+
+
+@pytest.mark.parametrize("block", ALL_BLOCKS)
+@pytest.mark.parametrize("name", ["int8", "uint3"])
+def test_blocks_and_ragged_ends(interpreted: Run, name: str, block: str) -> None:
+    k = 1056 if block == "b1024" else 544
+    check(interpreted, f"{name}-{block}", ptx=False, n=17, k=k, m=1, config=[8, 1, 2, 1, 1])
+
+
+@pytest.mark.parametrize(("path", "spec"), PATH_CASES)
+def test_paths(interpreted: Run, path: str, spec: str) -> None:
+    m, config = PATHS[path]
+    calls = 2 if "split" in path else 1  # the second finds the counters that the first left
+    check(interpreted, spec, ptx=path == "split", m=m, config=config, n=40, k=544, calls=calls)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "int4-b64-center",
+        "nf3-row-center",
+        "int3-b64-out0.02",
+        "uint5-b32-dq",
+        "lloyd4-b64-bf16-dq-center-out0.05",
+        "int6-b128-fp32",
+        "fp6e4-row-bf16",
+        "fp8e5-b64",
+        "fp5e1-b64",
+    ],
+)
+def test_options(interpreted: Run, spec: str) -> None:
+    check(interpreted, spec, ptx=True, n=24, k=288)
+
+
+@pytest.mark.parametrize(("n", "k"), [(1, 32), (16, 256), (15, 224), (33, 512), (7, 100)])
+def test_shapes(interpreted: Run, n: int, k: int) -> None:
+    check(interpreted, "int5-b64", ptx=False, n=n, k=k, config=[8, 1, 2, 2, 2])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("ptx", [False, True])
+@pytest.mark.parametrize("path", ["eight-rows", "split", "gemm-32"])
+@pytest.mark.parametrize("block", ALL_BLOCKS)
+@pytest.mark.parametrize(("width", "name"), ALL_TYPES)
+def test_full_product(
+    interpreted: Run, width: int, name: str, block: str, path: str, ptx: bool, dtype: str
+) -> None:
+    if DATA_TYPES[name if name in DATA_TYPES else name[:-1]].blocks not in (None, (64,)):
+        pytest.skip("the type is defined for other blocks")
+    if name == "af4" and block != "b64":
+        pytest.skip("af4 is defined for block 64")
+    m, config = PATHS[path]
+    check(interpreted, f"{name}-{block}", ptx=ptx, dtype=dtype, m=m, config=config, n=40, k=544)
+
+
+def test_cases_are_complete() -> None:
+    assert {name for _, name in ALL_TYPES} >= {
+        f"{name}{k}"
+        for name, k in itertools.product(("int", "uint", "fp", "nf", "dynamic", "lloyd"), WIDTHS)
+    }

@@ -1,0 +1,150 @@
+"""Runs kernels under Triton's interpreter, in a process of its own: the interpreter is chosen when
+triton is imported, and the compile tests of the same pytest process need the compiler.
+
+Reads one JSON case a line, answers with one JSON line: largest errors, or a traceback.
+"""
+
+import ctypes
+import json
+import os
+import sys
+import traceback
+from dataclasses import dataclass
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "1"
+
+import numpy as np
+import torch
+from triton.runtime import interpreter
+
+from kbit_kernels import QuantSpec, quantize, reference
+from kbit_kernels.triton import device
+from kbit_kernels.triton.configs import Config
+from kbit_kernels.triton.layout import kind_of
+from tests.kernels.triton import ptx
+
+_shared = np.zeros(256, dtype=np.uint32)
+_executed = 0  # PTX blocks, so that a test of the PTX path cannot pass without running any
+
+
+@dataclass
+class _Results:
+    handles: list[Any]
+
+    def get_result(self, index: int) -> Any:
+        return self.handles[index]
+
+
+def _inline_asm(
+    builder: Any,
+    text: str,
+    constraints: str,
+    handles: list[Any],
+    types: list[Any],
+    pure: bool,
+    pack: int,
+) -> _Results:
+    """What `tl.inline_asm_elementwise` does, for 16- and 32-bit elements."""
+    global _executed
+    _executed += 1
+    if "kbit_table" in text:  # fills the table; only the address is a result
+        address = int(np.asarray(handles[0].data).reshape(-1)[0])
+        _shared[:] = np.ctypeslib.as_array((ctypes.c_uint32 * 256).from_address(address))
+        return _Results(
+            [interpreter.TensorHandle(np.zeros_like(handles[0].data, np.int32), types[0].scalar)]
+        )
+    shape = handles[0].data.shape
+    inputs = []
+    for handle in handles:
+        flat = np.ascontiguousarray(np.broadcast_to(handle.data, shape)).reshape(-1)
+        if flat.dtype.itemsize == 2:
+            inputs.append(flat.view(np.uint32))
+        else:
+            inputs += [flat.view(np.uint32)[i::pack] for i in range(pack)]
+    assert len(constraints.split(",")) == len(inputs) + len(types)
+    results = ptx.run(text, inputs, len(types), _shared)
+    out = []
+    for result, kind in zip(results, types, strict=True):
+        # the interpreter holds bf16 as bit patterns
+        dtype = np.float16 if kind.scalar.name == "fp16" else np.uint16
+        data = np.ascontiguousarray(result).view(dtype).reshape(shape)
+        out.append(interpreter.TensorHandle(data, kind.scalar))
+    return _Results(out)
+
+
+def _tolerances(spec: QuantSpec, dtype: torch.dtype) -> tuple[float, float]:
+    """(relative rounding of a result, relative error of a decoded weight).
+
+    A result is rounded once to fp16 (half a unit: 2^-11) or bf16 (the interpreter cuts off: 2^-7).
+    Integers and k-bit floats are decoded exactly; entries of a table are rounded to half precision,
+    and so are the few 16-bit columns' differences.
+    """
+    fp16 = dtype == torch.float16
+    rounded = kind_of(spec) == "table" or spec.outliers > 0
+    return (2.0**-11 if fp16 else 2.0**-7), (2.0 ** (-11 if fp16 else -8) if rounded else 0.0)
+
+
+def run(case: dict[str, Any]) -> dict[str, Any]:
+    """One matrix product and one dequantization against the reference; outputs start as NaN.
+
+    Answers with the largest error over its bound, element by element.
+    """
+    global _executed
+    _executed = 0
+    rng = np.random.default_rng(case.get("seed", 0))
+    n, k, m = case["n"], case["k"], case["m"]
+    dtype = getattr(torch, case["dtype"])
+    spec = QuantSpec.parse(case["spec"])
+    w = (rng.standard_normal((n, k)) * 0.05 + 0.01).astype(np.float32)
+    tensor = quantize(w, spec, backend="reference")
+    x = torch.from_numpy(rng.standard_normal((m, k)).astype(np.float32)).to(dtype)
+    weight = device.prepare(tensor, "cpu", dtype, use_ptx=case["ptx"])
+
+    bias = torch.from_numpy(rng.standard_normal(n).astype(np.float32)).to(dtype)
+    out = torch.empty((m, n), dtype=dtype)
+    for _ in range(case.get("calls", 1)):  # a second call finds the counters that the first left
+        out.fill_(float("nan"))
+        device.fused_linear(x, weight, Config(*case["config"]), bias, out)
+    x_f32, bias_f32 = x.float().numpy(), bias.float().numpy()
+    expected = reference.linear(x_f32, tensor, bias_f32)
+    restored = torch.full((n, k), float("nan"), dtype=dtype)
+    device.dequantize(weight, restored)
+    weights = reference.dequantize(tensor)
+
+    rounding, decoding = _tolerances(spec, dtype)
+    terms = np.abs(x_f32) @ np.abs(weights).T
+    if spec.outliers:  # the small product is rounded to half precision before it is added
+        terms += np.abs(expected)
+    # 2^-18: fp32 accumulation in another order; 2^-24: the smallest half
+    bound = rounding * np.abs(expected) + (decoding + 2.0**-18) * terms + 2.0**-24
+    sizes = np.abs(weights)
+    if tensor.means is not None:  # a mean may cancel most of what was decoded
+        sizes = sizes + np.abs(tensor.means.astype(np.float32)).max()
+    weights_bound = rounding * np.abs(weights) + (decoding + 2.0**-20) * sizes + 2.0**-24
+
+    def worst(found: torch.Tensor, wanted: np.ndarray, allowed: np.ndarray) -> float:
+        return float((np.abs(found.float().numpy() - wanted) / allowed).max())
+
+    return {
+        "linear": worst(out, expected, bound),
+        "dequantize": worst(restored, weights, weights_bound),
+        "ptx_blocks": _executed,
+    }
+
+
+def main() -> None:
+    """Serve cases until the input ends."""
+    torch.set_num_threads(1)
+    interpreter.InterpreterBuilder.create_inline_asm = _inline_asm
+    answers, sys.stdout = sys.stdout, sys.stderr
+    for line in sys.stdin:
+        try:
+            answer = run(json.loads(line))
+        except Exception:
+            answer = {"traceback": traceback.format_exc()}
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
