@@ -68,15 +68,27 @@ static __attribute__((noinline)) void finish_rows(const Matrix& m, const Input& 
   }
 }
 
-// Asks for the codes that come kAhead bytes after those of R rows from n on. Rows of a kilobyte are
-// too short for the processor to notice a stream before it ends: twice as fast from memory.
-static inline void prefetch(const Tensor& t, int64_t row_bytes, int64_t n, int64_t rows) {
-  constexpr int64_t kAhead = 4096;
-  const int64_t from = n * row_bytes + kAhead;
-  const int64_t to = least(from + rows * row_bytes, t.rows * row_bytes);
-  const char* codes = static_cast<const char*>(t.codes);
-  for (int64_t i = from; i < to; i += 64) __builtin_prefetch(codes + i);
+// How far ahead codes and scales are asked for. Processors see neither stream coming in time: a row
+// is short, and a page ends after 4 KB. Scales matter as much as codes, since a row waits for them.
+constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;  // bytes
+
+// Asks for `bytes` from `at` on, as far as they lie before `end`.
+static inline __attribute__((always_inline)) void prefetch(const void* at, int64_t bytes, const void* end) {
+  const char* p = static_cast<const char*>(at);
+  const char* const last = least(p + bytes, static_cast<const char*>(end));
+  for (; p < last; p += 64) __builtin_prefetch(p);
 }
+
+// The scales of a tensor as bytes.
+struct ScaleBytes {
+  int64_t row;
+  const char *begin, *end;
+  explicit ScaleBytes(const Matrix& m) {
+    const Tensor& t = m.tensor;
+    row = m.groups * (t.scale_type == kScaleFp32 ? 4 : t.scale_type == kScaleDouble ? 1 : 2);
+    begin = static_cast<const char*>(t.scales), end = begin + t.rows * row;
+  }
+};
 
 // WIDTH: bits of an input value: 8, 16, or 32 for floats. FINE: blocks below 64 columns.
 template <int WIDTH, bool LUT, int BITS, bool FINE, int R, int T>
@@ -175,6 +187,9 @@ struct Gemv {
     const V::Spread spread = V::spread(FINE ? m.step : kStep, WIDTH == 16 ? 2 : V::kCodes / V::kFloats);
     const Meaning meant = meaning(WIDTH, m);
     const Recode recode(m.tables);
+    const ScaleBytes scale_bytes(m);
+    const uint8_t* const codes = static_cast<const uint8_t*>(tensor.codes);
+    const uint8_t* const codes_end = codes + tensor.rows * row_bytes;
     const X* x[T];
     int64_t of[T];
     for (int t = 0; t < T; ++t) {
@@ -184,12 +199,13 @@ struct Gemv {
     for (int64_t n = begin; n < end; n += R) {
       const uint8_t* planes[R][3];
       alignas(64) V::F extra[R][T];
-      prefetch(tensor, row_bytes, n, R);
+      prefetch(codes + n * row_bytes + kCodesAhead, R * row_bytes, codes_end);
+      prefetch(scale_bytes.begin + n * scale_bytes.row + kScalesAhead, R * scale_bytes.row, scale_bytes.end);
       V::F acc[R][T];
       KBIT_UNROLL
       for (int r = 0; r < R; ++r) {
         const int64_t row = least(n + r, end - 1);
-        planes_of<BITS>(static_cast<const uint8_t*>(tensor.codes) + row * row_bytes, units, planes[r]);
+        planes_of<BITS>(codes + row * row_bytes, units, planes[r]);
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) acc[r][t] = extra[r][t] = V::zero();
       }
@@ -251,60 +267,4 @@ static void plain_gemv(const Matrix& m, const Input& in, int64_t token, int toke
       for (int r = 0; r < R && n + r < end; ++r) y[(token + t) * stride + n + r] = V::sum(acc[r][t]);
     }
   }
-}
-
-// Functions by how a matrix is stored, indexed at run time.
-using Product = void (*)(const Matrix&, const Input&, int64_t, int, float*, int64_t, int64_t, int64_t);
-
-template <int WIDTH, bool LUT, int BITS, bool FINE>
-static Product gemv_of(int tokens) {
-  if constexpr (WIDTH == 8 && LUT && (1 << BITS) > kNarrowEntries) {
-    return nullptr;  // such matrices take 16-bit inputs
-  } else if constexpr (V::kCompact) {
-    return Gemv<WIDTH, LUT, BITS, FINE, 1, 1>::run;
-  } else {
-    if (tokens == 1) return Gemv<WIDTH, LUT, BITS, FINE, 4, 1>::run;
-    if (tokens == 2) return Gemv<WIDTH, LUT, BITS, FINE, 2, 2>::run;
-    return Gemv<WIDTH, LUT, BITS, FINE, 1, 4>::run;
-  }
-}
-
-template <int WIDTH, bool LUT, int BITS>
-static Product gemv_of(bool fine, int tokens) {
-  if (fine || V::kCompact) return gemv_of<WIDTH, LUT, BITS, true>(tokens);
-  return gemv_of<WIDTH, LUT, BITS, V::kCompact>(tokens);
-}
-
-template <int WIDTH, bool LUT>
-static Product gemv_of(int bits, bool fine, int tokens) {
-  switch (bits) {
-    case 2: return gemv_of<WIDTH, LUT, 2>(fine, tokens);
-    case 3: return gemv_of<WIDTH, LUT, 3>(fine, tokens);
-    case 4: return gemv_of<WIDTH, LUT, 4>(fine, tokens);
-    case 5: return gemv_of<WIDTH, LUT, 5>(fine, tokens);
-    case 6: return gemv_of<WIDTH, LUT, 6>(fine, tokens);
-    case 7: return gemv_of<WIDTH, LUT, 7>(fine, tokens);
-    default: return gemv_of<WIDTH, LUT, 8>(fine, tokens);
-  }
-}
-
-template <int WIDTH>
-static Product gemv_of(const Matrix& m, int tokens) {
-  const bool fine = m.step < kStep;
-  return m.tensor.storage == kCodebook ? gemv_of<WIDTH, true>(m.tensor.bits, fine, tokens)
-                                       : gemv_of<WIDTH, false>(m.tensor.bits, fine, tokens);
-}
-
-template <int TYPE>
-static Product plain_gemv_of(int tokens) {
-  return tokens == 1 ? plain_gemv<TYPE, 4, 1> : plain_gemv<TYPE, 2, 4>;
-}
-
-static Product gemv_of(const Matrix& m, const Input& in, int tokens) {
-  if (m.tensor.storage == kFp32) return plain_gemv_of<kScaleFp32>(tokens);
-  if (m.tensor.storage == kFp16) return plain_gemv_of<kScaleFp16>(tokens);
-  if (m.tensor.storage == kBf16) return plain_gemv_of<kScaleBf16>(tokens);
-  if (in.width == 8) return gemv_of<8>(m, tokens);
-  if (in.width == 16) return gemv_of<16>(m, tokens);
-  return gemv_of<32>(m, tokens);
 }

@@ -110,6 +110,8 @@ class Input {
   int64_t padded = 0;          // K rounded up to 64; the padding is zero
   int32_t width = 0;           // bits of a value: 32 (kFloat), 8, or 16 (see kInt8)
   int32_t limit = 0;           // the largest magnitude of an integer value
+  int32_t order = 0;           // of bytes; see order_of
+  bool digits = false;         // 16-bit values as two planes of bytes, the upper ones first
   void* values = nullptr;      // [T, padded] float, int8_t or int16_t
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T, blocks], integers only

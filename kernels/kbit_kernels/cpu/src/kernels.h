@@ -31,6 +31,10 @@ struct Kernels {
   void (*dequantize)(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);
   bool (*block_ranges)(const Weights& w, float* low, float* high, int64_t begin, int64_t end);
   void (*encode)(const Weights& w, const Rounding& how, uint8_t* codes, int64_t begin, int64_t end);
+  // For a single token: the order of bytes (see order_of), and whether inputs of 16 bits lie as two
+  // planes of bytes, the upper and the lower digits, for a matrix of integers.
+  int32_t (*order)(int32_t bits);
+  bool (*digits)(int32_t bits);
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits, and with codebooks if `byte_codebooks`, else 16-bit ones.
   int64_t tile_tokens;
@@ -48,6 +52,7 @@ const Kernels* kernels_of(Isa isa);
 constexpr int kNarrowLimit = 127;     // int8 weights and inputs
 constexpr int kWideWeights = 4095;    // int16 codebook values ...
 constexpr int kWideInputs = 8191;     // ... times int16 inputs
+constexpr int kDigitInputs = 127 * 257;  // inputs in two bytes, each with its sign
 constexpr int kNarrowEntries = 16;    // larger codebooks take 16-bit values and inputs
 
 // Fewer, slower variants of each kernel: for builds under sanitizers, which take long.
@@ -58,6 +63,13 @@ constexpr bool kCompactBuild = false;
 #endif
 
 constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded to it
+
+// In which order the bytes of a single token's inputs lie, so that the fields of a whole vector of a
+// plane meet theirs: 0 natural, 1 and 2 as fields of 4 and 2 bits come out of it. A vector of a
+// plane is a chunk of columns; field f of unit u (32 columns) of a chunk then stands at piece u of
+// vector f. What is left at the end of a row has natural order.
+constexpr int order_of(int bits) { return bits == 4 ? 1 : bits < 4 ? 2 : 0; }
+constexpr int piece_of(int order) { return 32 >> order; }  // columns of a field of a unit
 
 // A codebook as the kernels look it up; entry i repeats at i + 2^bits, so that bits above the code
 // need no mask. `xor` tables serve byte shuffles of 16 entries: entry (j, i) holds

@@ -18,6 +18,8 @@ namespace kbit {
 namespace avx512 {
 #include "prepare.inl"
 #include "gemv.inl"
+#include "single.inl"
+#include "dispatch.inl"
 #include "tile.inl"
 #include "quantize.inl"
 }  // namespace avx512

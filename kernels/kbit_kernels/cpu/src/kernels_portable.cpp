@@ -6,6 +6,8 @@ namespace kbit {
 namespace portable {
 #include "prepare.inl"
 #include "gemv.inl"
+#include "single.inl"
+#include "dispatch.inl"
 #include "tile.inl"
 #include "quantize.inl"
 }  // namespace portable

@@ -178,9 +178,21 @@ int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens)
   return arithmetic == kInt16 || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
 }
 
-int32_t input_limit(const Matrix& matrix, int32_t width) {
+// How the inputs of a single token lie: see Input and order_of.
+struct Layout {
+  int32_t order;
+  bool digits;
+};
+Layout single_layout(const Matrix& matrix, int32_t width) {
+  const bool codebook = matrix.tensor.storage == kCodebook;
+  const bool digits = width == 16 && !codebook && matrix.kernels->digits(matrix.tensor.bits);
+  if (matrix.plain() || matrix.step < kStep || (width != 8 && !digits)) return {0, false};
+  return {matrix.kernels->order(matrix.tensor.bits), digits};
+}
+
+int32_t input_limit(const Matrix& matrix, int32_t width, bool digits) {
   if (width == 8) return kNarrowLimit;
-  return matrix.tensor.storage == kCodebook ? kWideInputs : 32767;
+  return digits ? kDigitInputs : matrix.tensor.storage == kCodebook ? kWideInputs : 32767;
 }
 
 }  // namespace
@@ -196,9 +208,11 @@ bool Matrix::same_input(const Matrix& other) const {
     for (int64_t tokens : {int64_t{1}, kernels->tile_tokens}) {
       const int32_t width = input_width(*this, arithmetic, tokens);
       if (width != input_width(other, arithmetic, tokens) ||
-          input_limit(*this, width) != input_limit(other, width)) {
+          input_limit(*this, width, false) != input_limit(other, width, false)) {
         return false;
       }
+      const Layout mine = single_layout(*this, width), its = single_layout(other, width);
+      if (mine.order != its.order || mine.digits != its.digits) return false;
     }
   }
   return std::equal(a.outlier_columns, a.outlier_columns + a.n_outliers, b.outlier_columns);
@@ -211,7 +225,9 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   arithmetic = for_matrix.plain() ? kFloat : wanted;
   tokens = count;
   width = input_width(for_matrix, arithmetic, count);
-  limit = input_limit(for_matrix, width);
+  const Layout layout = count == 1 ? single_layout(for_matrix, width) : Layout{0, false};
+  order = layout.order, digits = layout.digits;
+  limit = input_limit(for_matrix, width, digits);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;

@@ -12,6 +12,9 @@ static inline V::F load_any(int32_t type, const void* base, int64_t index, int n
   return V::load_as<kScaleFp32>(base, index, n, total);
 }
 
+// Columns of a chunk of an order of bytes.
+static constexpr int chunk_of(int order) { return order ? V::kCodes << order : kStep; }
+
 static inline int log2_of(int power) { return __builtin_ctz(static_cast<unsigned>(power)); }
 
 // Rounds one block of a token to integers.
@@ -38,11 +41,42 @@ static void load_block(const Input& input, const float* x, int step, X* out, flo
   *sum = *scale * static_cast<float>(V::isum(total));
 }
 
+// Brings `units` units of columns from natural order to that of the input's bytes.
+static inline void arrange(int order, const int8_t* in, int64_t units, int8_t* out) {
+  const int size = piece_of(order), unit_count = chunk_of(order) / 32;
+  int64_t unit = 0;
+  for (; order != 0 && unit + unit_count <= units; unit += unit_count) {
+    int8_t* chunk = out + unit * 32;
+    for (int u = 0; u < unit_count; ++u) {
+      for (int field = 0; field < 32 / size; ++field) {
+        int8_t* to = chunk + field * V::kCodes + u * size;
+        if (size == 16) std::memcpy(to, in + (unit + u) * 32 + field * 16, 16);
+        else std::memcpy(to, in + (unit + u) * 32 + field * 8, 8);
+      }
+    }
+  }
+  std::memcpy(out + unit * 32, in + unit * 32, static_cast<size_t>(units - unit) * 32);
+}
+
+// Two bytes for each of n values: 256 * high + low, both with their sign.
+static inline void split_digits(const int16_t* values, int n, int8_t* high, int8_t* low) {
+  const V::F down = V::set1(0.00390625f), up = V::set1(-256.0f);
+  const V::F tie = V::set1(0.0009765625f);  // 128 is 1 * 256 - 128: both digits stay in 8 bits
+  for (int i = 0; i < n; i += V::kFloats) {
+    const V::F value = V::load_words(values + i);
+    const V::F digit = V::to_float(V::round(V::fma(value, down, tie)));
+    V::store8(high + i, V::round(digit));
+    V::store8(low + i, V::round(V::fma(digit, up, value)));
+  }
+}
+
 static void load(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end) {
-  constexpr int64_t kColumns = 1024;
+  constexpr int64_t kColumns = 1024;  // whole chunks
   const Tensor& t = input.matrix->tensor;
   const int step = input.matrix->step;
   alignas(64) float staged[kColumns];
+  alignas(64) int8_t bytes[2][kColumns];
+  alignas(64) int16_t words[kColumns];
   for (int64_t token = begin; token < end; ++token) {
     int outlier = 0;
     const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
@@ -58,23 +92,34 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
         input.outliers[token * t.n_outliers + outlier] = value;
         value = 0;
       }
+      const int64_t first = token * input.padded + col;
       for (int64_t i = 0; i < padded; i += step) {
-        const int64_t at = token * input.padded + col + i;
         const int64_t block = token * input.blocks + (col + i) / step;
+        float *scale = input.scales + block, *sum = input.sums + block;
         if (input.width == 8) {
-          load_block(input, staged + i, step, static_cast<int8_t*>(input.values) + at,
-                     input.scales + block, input.sums + block);
+          int8_t* out = input.order ? bytes[0] : static_cast<int8_t*>(input.values) + first;
+          load_block(input, staged + i, step, out + i, scale, sum);
         } else if (input.width == 16) {
-          load_block(input, staged + i, step, static_cast<int16_t*>(input.values) + at,
-                     input.scales + block, input.sums + block);
+          int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;
+          load_block(input, staged + i, step, out + i, scale, sum);
         } else {
           V::F total = V::zero();
           for (int j = 0; j < step; j += V::kFloats) {
             const V::F v = V::load(staged + i + j);
-            V::store(static_cast<float*>(input.values) + at + j, v);
+            V::store(static_cast<float*>(input.values) + first + i + j, v);
             total = V::add(total, v);
           }
-          input.sums[block] = V::sum(total);
+          *sum = V::sum(total);
+        }
+      }
+      // only the units that a row has are in chunks; padding beyond them is natural
+      if (input.digits) split_digits(words, static_cast<int>(padded), bytes[0], bytes[1]);
+      if (input.digits || input.order) {
+        const int64_t units = least((t.cols - col + 31) / 32, padded / 32);
+        for (int digit = 0; digit <= (input.digits ? 1 : 0); ++digit) {
+          int8_t* out = static_cast<int8_t*>(input.values) + digit * input.padded + col;
+          arrange(input.order, bytes[digit], units, out);
+          std::memcpy(out + units * 32, bytes[digit] + units * 32, static_cast<size_t>(padded - units * 32));
         }
       }
     }

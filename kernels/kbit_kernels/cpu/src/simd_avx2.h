@@ -65,6 +65,10 @@ struct V {
   static void store16(int16_t* p, I a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), words(a)); }
   static __m128i izero128() { return _mm_setzero_si128(); }
 
+  static F load_words(const int16_t* p) {
+    return to_float(_mm256_cvtepi16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+
   template <int TYPE>
   static F load_as(const void* base, int64_t index, int n, int64_t total) {
     if (TYPE == kScaleFp32) {
@@ -157,6 +161,89 @@ struct V {
     }
     const __m256i pairs = _mm256_maddubs_epi16(w, v);
     return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+
+  // Products with one token; see simd_avx512.h. Sums of pairs stay in 16 bits as long as they fit.
+  static constexpr int order(int bits) { return order_of(bits); }
+  static constexpr bool digits(int bits) { return bits < 8; }  // 8: pairs of products overflow
+  template <int BITS, int FIELD>
+  static C dense_field(const C (&v)[2]) {
+    C c;
+    if constexpr (BITS == 4) c = FIELD ? _mm256_srli_epi16(v[0], 4) : v[0];
+    else c = FIELD ? _mm256_srli_epi16(v[0], 2 * FIELD) : v[0];
+    c = _mm256_and_si256(c, _mm256_set1_epi8(BITS == 4 ? 15 : 3));
+    if constexpr (BITS == 3) {
+      // v[1]: 4 bytes a unit, doubled; the upper copy one bit further
+      const C one = FIELD ? _mm256_srli_epi16(v[1], 2 * FIELD) : v[1];
+      c = _mm256_or_si256(_mm256_add_epi8(c, c), _mm256_and_si256(one, _mm256_set1_epi8(1)));
+    }
+    return c;
+  }
+  template <int BITS, bool LUT>
+  static I pairs(C w, const int8_t* x) {
+    __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (LUT || BITS == 8) {  // see dot8
+      v = _mm256_sign_epi8(v, w);
+      w = _mm256_abs_epi8(w);
+    }
+    return _mm256_maddubs_epi16(w, v);
+  }
+  template <int BITS, bool LUT, bool DIGITS, class Recode>
+  static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
+                const int8_t* low) {
+    constexpr int kVectors = order(BITS) == 2 ? 4 : 2;
+    // sums of so many pairs fit in 16 bits
+    constexpr int kFit = LUT || BITS > 6 ? 1 : BITS == 6 ? 2 : 4;
+    C v[2];
+    if constexpr (BITS == 4) {
+      v[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[0] + unit * 16));
+    } else if constexpr (BITS < 4) {
+      v[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[0] + unit * 8));
+    }
+    if constexpr (BITS == 3) {
+      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes[1] + unit * 4));
+      v[1] = _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(raw),
+                                                           _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
+                               _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1));
+    }
+    C w[kVectors];
+    if constexpr (order(BITS) == 0) {
+      w[0] = unpack<BITS, false>(planes, unit), w[1] = unpack<BITS, false>(planes, unit + 1);
+    } else {
+      w[0] = dense_field<BITS, 0>(v), w[1] = dense_field<BITS, 1>(v);
+      if constexpr (kVectors == 4) w[2] = dense_field<BITS, 2>(v), w[3] = dense_field<BITS, 3>(v);
+    }
+    KBIT_UNROLL
+    for (int i = 0; i < kVectors; ++i) w[i] = recode(w[i]);
+    I dot = pair_sums<BITS, LUT, kFit>(w, x);
+    return DIGITS ? iadd(times256(dot), pair_sums<BITS, LUT, kFit>(w, low)) : dot;
+  }
+  template <int BITS, bool LUT, int FIT, int VECTORS>
+  static I pair_sums(const C (&w)[VECTORS], const int8_t* x) {
+    I total;
+    KBIT_UNROLL
+    for (int i = 0; i < VECTORS; i += FIT) {
+      I sum = pairs<BITS, LUT>(w[i], x + 32 * i);
+      KBIT_UNROLL
+      for (int j = i + 1; j < i + FIT && j < VECTORS; ++j) {
+        sum = _mm256_add_epi16(sum, pairs<BITS, LUT>(w[j], x + 32 * j));
+      }
+      const I wide = widen_pairs(sum);
+      total = i ? iadd(total, wide) : wide;
+    }
+    return total;
+  }
+  static I times256(I a) { return _mm256_slli_epi32(a, 8); }
+  template <int BLOCKS>
+  static F chunk_scales(const float* p) {
+    if constexpr (BLOCKS == 1) return set1(*p);
+    return _mm256_insertf128_ps(set1(p[0]), _mm_set1_ps(p[1]), 1);
+  }
+  // The sum of each of 8 vectors.
+  static F sums(const F (&a)[8]) {
+    const F p = _mm256_hadd_ps(_mm256_hadd_ps(a[0], a[1]), _mm256_hadd_ps(a[2], a[3]));
+    const F q = _mm256_hadd_ps(_mm256_hadd_ps(a[4], a[5]), _mm256_hadd_ps(a[6], a[7]));
+    return add(_mm256_permute2f128_ps(p, q, 0x20), _mm256_permute2f128_ps(p, q, 0x31));
   }
 
   // Looks codes up in BYTES tables of bytes; see Matrix::Tables.

@@ -50,6 +50,10 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
   }
 
+  static F load_words(const int16_t* p) {
+    return to_float(_mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  }
+
   template <int TYPE>
   static F load_as(const void* base, int64_t index, int n, int64_t) {
     if (TYPE == kScaleFp32) {
@@ -155,6 +159,87 @@ struct V {
   template <int BITS, bool LUT>
   static I dot8(I acc, C w, const int8_t* x) {
     return _mm512_dpbusd_epi32(acc, w, _mm512_loadu_si512(x));
+  }
+
+  // Products with one token take as many codes at once as fill a vector of the widest plane (see
+  // order_of). More bits stay as they are: there memory is the limit.
+  static constexpr int order(int bits) { return order_of(bits); }
+  static constexpr bool digits(int) { return true; }
+  template <int FIELD>
+  struct BitShifts {  // of the 1-bit plane, whose 4 bytes a unit are doubled to a qword
+    alignas(64) uint8_t at[64];
+    constexpr BitShifts() : at() {
+      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(8 * (i % 4) + 2 * FIELD + i % 8 / 4);
+    }
+  };
+  template <int BITS, int FIELD>
+  static C dense_field(const C (&v)[2]) {
+    if constexpr (BITS == 4) return FIELD ? _mm512_srli_epi16(v[0], 4) : v[0];
+    if constexpr (BITS == 2) return FIELD ? _mm512_srli_epi16(v[0], 2 * FIELD) : v[0];
+    const C two = FIELD ? _mm512_srli_epi16(v[0], 2 * FIELD - 1) : _mm512_slli_epi16(v[0], 1);
+    return select(two, _mm512_multishift_epi64_epi8(constant<BitShifts<FIELD>>(), v[1]), 1);
+  }
+  template <int BITS, bool LUT, bool DIGITS, int FIELD, class Recode>
+  static void dense_step(const Recode& recode, const C (&v)[2], const int8_t* x, const int8_t* low,
+                         I& dot, I& dot_low) {
+    const C w = recode(dense_field<BITS, FIELD>(v));
+    dot = dot8<BITS, LUT>(dot, w, x + 64 * FIELD);
+    if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low + 64 * FIELD);
+  }
+  // Sums of a chunk, block after block over the lanes. DIGITS: of 256 x + low.
+  template <int BITS, bool LUT, bool DIGITS, class Recode>
+  static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
+                const int8_t* low) {
+    I dot = izero(), dot_low = izero();
+    if constexpr (order(BITS) == 0) {
+      const C w = recode(unpack<BITS, false>(planes, unit));
+      dot = dot8<BITS, LUT>(dot, w, x);
+      if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low);
+    } else {
+      C v[2] = {_mm512_loadu_si512(planes[0] + unit * (BITS == 4 ? 16 : 8)), izero()};
+      if constexpr (BITS == 3) {
+        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[1] + unit * 4));
+        v[1] = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                        _mm512_castsi256_si512(raw));
+      }
+      dense_step<BITS, LUT, DIGITS, 0>(recode, v, x, low, dot, dot_low);
+      dense_step<BITS, LUT, DIGITS, 1>(recode, v, x, low, dot, dot_low);
+      if constexpr (BITS < 4) {
+        dense_step<BITS, LUT, DIGITS, 2>(recode, v, x, low, dot, dot_low);
+        dense_step<BITS, LUT, DIGITS, 3>(recode, v, x, low, dot, dot_low);
+      }
+    }
+    return DIGITS ? iadd(dot_low, times256(dot)) : dot;
+  }
+  static I times256(I a) { return _mm512_slli_epi32(a, 8); }
+  template <int BLOCKS>
+  static F chunk_scales(const float* p) {
+    if constexpr (BLOCKS == 1) return set1(*p);
+    if constexpr (BLOCKS == 2) {
+      const __m128 pair = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+      return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),
+                                   _mm512_castps128_ps512(pair));
+    }
+    return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                 _mm512_castps128_ps512(_mm_loadu_ps(p)));
+  }
+  // The sum of each of 16 vectors.
+  static F sums(const F (&a)[16]) {
+    F b[8], c[4], d[2];
+    KBIT_UNROLL
+    for (int i = 0; i < 8; ++i) {
+      b[i] = add(_mm512_unpacklo_ps(a[2 * i], a[2 * i + 1]), _mm512_unpackhi_ps(a[2 * i], a[2 * i + 1]));
+    }
+    KBIT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const __m512d p = _mm512_castps_pd(b[2 * i]), q = _mm512_castps_pd(b[2 * i + 1]);
+      c[i] = add(_mm512_castpd_ps(_mm512_unpacklo_pd(p, q)), _mm512_castpd_ps(_mm512_unpackhi_pd(p, q)));
+    }
+    KBIT_UNROLL
+    for (int i = 0; i < 2; ++i) {
+      d[i] = add(_mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0x88), _mm512_shuffle_f32x4(c[2 * i], c[2 * i + 1], 0xdd));
+    }
+    return add(_mm512_shuffle_f32x4(d[0], d[1], 0x88), _mm512_shuffle_f32x4(d[0], d[1], 0xdd));
   }
 
   // table[code], bytes.

@@ -7,6 +7,8 @@
 //   narrow        codes -> 8-bit weights, center8 or kBias8 beside their value, and dot8 with int8
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
+//   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
+//                 bytes; chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
 // A lane of dot8 sums kCodes / kFloats neighbouring columns, a lane of dot16 sums 2.
 #pragma once
 
@@ -65,6 +67,11 @@ struct V {
   static void store8(int8_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(a[i]); }
   static void store16(int16_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<int16_t>(a[i]); }
 
+  static F load_words(const int16_t* p) {
+    F a;
+    for (int i = 0; i < 4; ++i) a[i] = p[i];
+    return a;
+  }
   static float half(uint16_t bits) {
     const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16, rest = bits & 0x7fff;
     uint32_t pattern;
@@ -149,6 +156,20 @@ struct V {
     }
     return acc;
   }
+
+  // Products with one token: as those with more.
+  static constexpr int order(int) { return 0; }
+  static constexpr bool digits(int) { return false; }
+  template <int BITS, bool LUT, bool DIGITS, class Recode>
+  static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
+                const int8_t*) {
+    const I dot = dot8<BITS, LUT>(izero(), recode(unpack<BITS, false>(planes, unit)), x);
+    return dot8<BITS, LUT>(dot, recode(unpack<BITS, false>(planes, unit + 1)), x + 32);
+  }
+  static I times256(I a) { return a * 256; }
+  template <int BLOCKS>
+  static F chunk_scales(const float* p) { return set1(*p); }
+  static F sums(const F (&a)[4]) { return F{sum(a[0]), sum(a[1]), sum(a[2]), sum(a[3])}; }
 
   template <int BITS, bool LUT>
   struct Wide {

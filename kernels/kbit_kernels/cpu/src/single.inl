@@ -1,0 +1,134 @@
+// Products with one token, in blocks of 64 columns and more: one row after the other, so that memory
+// is read in order.
+
+// WIDTH: bits of an input value: 8, 16, or 32 for floats.
+template <int WIDTH, bool LUT, int BITS>
+struct Single {
+  static constexpr bool kDigits = WIDTH == 16 && !LUT && V::digits(BITS);
+  static constexpr bool kBytes = WIDTH == 8 || kDigits;
+  static constexpr int kChunk = kBytes ? chunk_of(V::order(BITS)) : kStep;  // columns of one step
+  static constexpr int kChunkBlocks = kChunk / kStep;
+  static constexpr int kVectors = kStep / V::kCodes;
+  using Recode = std::conditional_t<
+      kBytes, typename V::template Narrow<BITS, LUT && kBytes && BITS <= 4>,
+      std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
+                         typename V::template Floats<BITS, LUT>>>;
+
+  // The products of one block in natural order, summed up lane by lane, times its scale.
+  template <bool TAIL>
+  static inline __attribute__((always_inline)) V::F block(
+      const Recode& recode, const uint8_t* const (&planes)[3], int64_t at, const Input& in,
+      float scale, V::F acc) {
+    constexpr int kCount = TAIL && kVectors > 1 ? kVectors / 2 : kVectors;
+    V::I dot = V::izero(), high = V::izero();
+    V::F part[2] = {V::zero(), V::zero()};
+    KBIT_UNROLL
+    for (int v = 0; v < kCount; ++v) {
+      const int64_t from = at * kStep + v * V::kCodes;
+      const auto c = V::template unpack<BITS, TAIL && kVectors == 1>(planes, from / 32);
+      if constexpr (kBytes) {
+        const auto w = recode(c);
+        const int8_t* x = static_cast<const int8_t*>(in.values) + from;
+        dot = V::template dot8<BITS, LUT>(dot, w, kDigits ? x + in.padded : x);
+        if (kDigits) high = V::template dot8<BITS, LUT>(high, w, x);
+      } else if constexpr (WIDTH == 16) {
+        constexpr int kWords = V::kCodes / (2 * V::kFloats);
+        typename V::H w[kWords];
+        recode(c, w);
+        KBIT_UNROLL
+        for (int h = 0; h < kWords; ++h) {
+          dot = V::dot16(dot, w[h], static_cast<const int16_t*>(in.values) + from + h * 2 * V::kFloats);
+        }
+      } else {
+        constexpr int kParts = V::kCodes / V::kFloats;
+        V::F w[kParts];
+        recode(c, w);
+        KBIT_UNROLL
+        for (int p = 0; p < kParts; ++p) {
+          const V::F x = V::load(static_cast<const float*>(in.values) + from + p * V::kFloats);
+          part[p % 2] = V::fma(w[p], x, part[p % 2]);
+        }
+      }
+    }
+    if constexpr (kDigits) dot = V::iadd(dot, V::times256(high));
+    const V::F value = WIDTH == 32 ? V::add(part[0], part[1]) : V::to_float(dot);
+    return V::fma(value, V::set1(scale), acc);
+  }
+
+  // Blocks [first, first + count) of a row. scales: of these blocks.
+  static inline __attribute__((always_inline)) V::F blocks(
+      const Recode& recode, const uint8_t* const (&planes)[3], int64_t units, int64_t first, int count,
+      const Input& in, const float* scales, V::F acc) {
+    int b = 0;
+    if constexpr (kBytes) {
+      const int chunks = static_cast<int>(least<int64_t>(count, units / 2 - first)) / kChunkBlocks;
+      const int8_t* x = static_cast<const int8_t*>(in.values) + first * kStep;
+      const int64_t digit = in.padded;
+      for (; b < chunks * kChunkBlocks; b += kChunkBlocks, x += kChunk) {
+        V::I dot;
+        if constexpr (kDigits) {
+          dot = V::template dots<BITS, LUT, true>(recode, planes, (first + b) * 2, x, x + digit);
+        } else {
+          dot = V::template dots<BITS, LUT, false>(recode, planes, (first + b) * 2, x, x);
+        }
+        acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scales + b), acc);
+      }
+    }
+    for (; b < count; ++b) {
+      if (2 * (first + b) + 1 < units) acc = block<false>(recode, planes, first + b, in, scales[b], acc);
+      else acc = block<true>(recode, planes, first + b, in, scales[b], acc);
+    }
+    return acc;
+  }
+
+  static void run(const Matrix& m, const Input& in, int64_t, int, float* y, int64_t, int64_t begin,
+                  int64_t end) {
+    const Tensor& t = m.tensor;
+    const int64_t units = (t.cols + 31) / 32, row_bytes = units * 4 * BITS;
+    const int64_t steps = (units + 1) / 2, total = t.rows * m.groups;
+    const bool direct = m.step == t.block && t.scale_type != kScaleDouble;
+    const ScaleBytes scale_bytes(m);
+    const Meaning meant = meaning(kDigits ? 8 : WIDTH, m);
+    const V::F factor = V::set1(meant.factor);
+    const Recode recode(m.tables);
+    const uint8_t* row = static_cast<const uint8_t*>(t.codes) + begin * row_bytes;
+    const uint8_t* const codes_end = static_cast<const uint8_t*>(t.codes) + t.rows * row_bytes;
+    const uint8_t* ahead = row + kCodesAhead;
+    alignas(64) V::F sums[V::kFloats];
+    for (int64_t n = begin; n < end; ++n, row += row_bytes) {
+      const uint8_t* planes[3];
+      planes_of<BITS>(row, units, planes);
+      const int64_t group = n * m.groups;
+      prefetch(scale_bytes.begin + n * scale_bytes.row + kScalesAhead, scale_bytes.row, scale_bytes.end);
+      V::F acc = V::zero(), extra = V::zero();
+      for (int64_t first = 0; first < steps; first += V::kFloats) {
+        const int count = static_cast<int>(least<int64_t>(V::kFloats, steps - first));
+        const int64_t bytes = count * int64_t{8} * BITS;
+        prefetch(ahead, bytes, codes_end);
+        ahead += bytes;
+        alignas(64) float scales[2 * V::kFloats], offsets[2 * V::kFloats];
+        V::F s, o;
+        if (direct) {
+          s = V::mul(load_any(t.scale_type, t.scales, group + first, count, total), factor);
+          if (meant.offset) o = offsets_of(m, group + first, count, total, meant, s);
+        } else {
+          row_scales(m, n, static_cast<int>(first), count, meant, scales, offsets);
+          s = V::load_part(scales, count);
+          if (meant.offset) o = V::load_part(offsets, count);
+        }
+        if (meant.offset) extra = V::fma(o, V::load(in.sums + first), extra);
+        V::store(scales, WIDTH == 32 ? s : V::mul(s, V::load(in.scales + first)));
+        acc = blocks(recode, planes, units, first, count, in, scales, acc);
+      }
+      const int64_t lane = (n - begin) % V::kFloats;
+      sums[lane] = V::add(acc, extra);
+      if (lane == V::kFloats - 1) {
+        V::store(y + n - lane, V::sums(sums));
+      } else if (n == end - 1) {
+        for (int64_t r = 0; r <= lane; ++r) y[n - lane + r] = V::sum(sums[r]);
+      }
+    }
+    if (t.n_outliers == 0) return;
+    for (int64_t n = begin; n < end; ++n) y[n] += outlier_sum(m, in, 0, n);
+  }
+};
