@@ -220,6 +220,7 @@ void Decoder::State::run(int thread, float* logits) {
     }
     loaded();
     layer.qkv.multiply(*inputs, thread, block.qkv.get(), block.qkv_stride, *kernels);
+    layer.out.prefetch(thread);
     pool.barrier();
 
     AttentionPass attention(layer, static_cast<int64_t>(l), &block, &worker, *kernels, &pool, thread);
@@ -231,6 +232,7 @@ void Decoder::State::run(int thread, float* logits) {
     }
     loaded();
     layer.out.multiply(*inputs, thread, block.delta_attention.get(), hidden, *kernels);
+    layer.up.prefetch(thread);
     pool.barrier();
 
     for (int64_t t = mine.first; t < mine.second; ++t) {
@@ -247,6 +249,7 @@ void Decoder::State::run(int thread, float* logits) {
       kernels->activate(layer.spec.activation, gate, layer.spec.gated ? gate + between : nullptr, gate,
                         part.second - part.first);
     }
+    layer.down.prefetch(thread);
     pool.barrier();
 
     for (int64_t t = mine.first; t < mine.second; ++t) {
@@ -254,6 +257,7 @@ void Decoder::State::run(int thread, float* logits) {
     }
     loaded();
     layer.down.multiply(*inputs, thread, block.delta_mlp.get(), hidden, *kernels);
+    (l + 1 < layers.size() ? layers[l + 1].qkv : head).prefetch(thread);
     pool.barrier();
   }
   if (!block.selected.empty()) finish(thread, h, x, inputs, mine, logits);

@@ -68,15 +68,15 @@ static __attribute__((noinline)) void finish_rows(const Matrix& m, const Input& 
   }
 }
 
-// How far ahead codes and scales are asked for. Processors see neither stream coming in time: a row
-// is short, and a page ends after 4 KB. Scales matter as much as codes, since a row waits for them.
-constexpr int64_t kCodesAhead = 8192, kScalesAhead = 1024;  // bytes
-
 // Asks for `bytes` from `at` on, as far as they lie before `end`.
 static inline __attribute__((always_inline)) void prefetch(const void* at, int64_t bytes, const void* end) {
   const char* p = static_cast<const char*>(at);
   const char* const last = least(p + bytes, static_cast<const char*>(end));
   for (; p < last; p += 64) __builtin_prefetch(p);
+}
+
+static inline __attribute__((always_inline)) void prefetch(const uint8_t* at, int64_t bytes) {
+  for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(at + i);
 }
 
 // The scales of a tensor as bytes.

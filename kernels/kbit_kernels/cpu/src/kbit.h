@@ -128,6 +128,9 @@ class Input {
 void multiply(const Matrix& matrix, const Input& input, float* y, int64_t stride, int64_t begin,
               int64_t end);
 
+// Asks for what `multiply` will read first of rows [begin, end), so that it does not start cold.
+void prefetch(const Matrix& matrix, int64_t begin, int64_t end);
+
 // out[(n - begin) * stride + k] = the weight as the reference computes it, rows [begin, end); an
 // embedding is a row of it.
 void dequantize(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);

@@ -64,6 +64,11 @@ constexpr bool kCompactBuild = false;
 
 constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded to it
 
+// How far ahead codes and scales are asked for, in bytes. Processors see neither stream coming in
+// time: a row is short, and a page ends after 4 KB. Scales matter as much as codes, since a row
+// waits for them.
+constexpr int64_t kCodesAhead = 2048, kScalesAhead = 1024;
+
 // In which order the bytes of a single token's inputs lie, so that the fields of a whole vector of a
 // plane meet theirs: 0 natural, 1 and 2 as fields of 4 and 2 bits come out of it. A vector of a
 // plane is a chunk of columns; field f of unit u (32 columns) of a chunk then stands at piece u of

@@ -259,6 +259,19 @@ void multiply(const Matrix& matrix, const Input& input, float* y, int64_t stride
   }
 }
 
+void prefetch(const Matrix& matrix, int64_t begin, int64_t end) {
+  const Tensor& t = matrix.tensor;
+  const auto ask = [](const void* base, int64_t from, int64_t to, int64_t most) {
+    const char* at = static_cast<const char*>(base);
+    for (int64_t i = from; i < std::min(to, from + most); i += 64) __builtin_prefetch(at + i);
+  };
+  const int64_t row = matrix.plain() ? t.cols * (t.storage == kFp32 ? 4 : 2) : (t.cols + 31) / 32 * 4 * t.bits;
+  ask(t.codes, begin * row, end * row, kCodesAhead);
+  if (matrix.plain()) return;
+  const int64_t scales = matrix.groups * (t.scale_type == kScaleFp32 ? 4 : t.scale_type == kScaleDouble ? 1 : 2);
+  ask(t.scales, begin * scales, end * scales, kScalesAhead);
+}
+
 void dequantize(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end) {
   matrix.kernels->dequantize(matrix, out, stride, begin, end);
 }

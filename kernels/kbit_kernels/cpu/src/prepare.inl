@@ -204,13 +204,22 @@ static inline void row_scales(const Matrix& m, int64_t row, int first, int count
   }
 }
 
-// Start of each plane of a packed row.
+// Where the planes of a packed row start, in bytes.
 template <int BITS>
-static inline void planes_of(const uint8_t* row, int64_t units, const uint8_t* (&planes)[3]) {
+static inline void plane_offsets(int64_t units, int64_t (&offsets)[3]) {
   int plane = 0;
+  int64_t at = 0;
   for (int width = 8; width >= 1; width /= 2) {
     if (!(BITS & width)) continue;
-    planes[plane++] = row;
-    row += units * 4 * width;
+    offsets[plane++] = at;
+    at += units * 4 * width;
   }
+  while (plane < 3) offsets[plane++] = 0;
+}
+
+template <int BITS>
+static inline void planes_of(const uint8_t* row, int64_t units, const uint8_t* (&planes)[3]) {
+  int64_t offsets[3];
+  plane_offsets<BITS>(units, offsets);
+  for (int plane = 0; plane < 3; ++plane) planes[plane] = row + offsets[plane];
 }

@@ -128,4 +128,11 @@ void Product::multiply(const Inputs& inputs, int thread, float* y, int64_t strid
   }
 }
 
+void Product::prefetch(int thread) const {
+  if (pieces_.empty()) return;
+  for (const Piece& piece : pieces_[static_cast<size_t>(thread)]) {
+    kbit::prefetch(*piece.matrix, piece.begin, piece.end);
+  }
+}
+
 }  // namespace kbit

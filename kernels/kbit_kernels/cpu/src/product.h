@@ -50,6 +50,8 @@ class Product {
   // This thread's outputs of all tokens that the inputs are shaped for, into y[t * stride].
   void multiply(const Inputs& inputs, int thread, float* y, int64_t stride,
                 const LayerKernels& kernels) const;
+  // Asks for the weights that this thread will multiply with first.
+  void prefetch(int thread) const;
   // Outputs of a thread: ranges that no other thread writes.
   const std::vector<Range>& ranges(int thread) const { return ranges_[static_cast<size_t>(thread)]; }
 

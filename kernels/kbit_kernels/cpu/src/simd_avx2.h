@@ -224,7 +224,6 @@ struct V {
     KBIT_UNROLL
     for (int i = 0; i < VECTORS; i += FIT) {
       I sum = pairs<BITS, LUT>(w[i], x + 32 * i);
-      KBIT_UNROLL
       for (int j = i + 1; j < i + FIT && j < VECTORS; ++j) {
         sum = _mm256_add_epi16(sum, pairs<BITS, LUT>(w[j], x + 32 * j));
       }

@@ -1,5 +1,5 @@
 // Products with one token, in blocks of 64 columns and more: one row after the other, so that memory
-// is read in order.
+// is read in order. As many rows as a vector has lanes share the work before and after their loops.
 
 // WIDTH: bits of an input value: 8, 16, or 32 for floats.
 template <int WIDTH, bool LUT, int BITS>
@@ -9,6 +9,7 @@ struct Single {
   static constexpr int kChunk = kBytes ? chunk_of(V::order(BITS)) : kStep;  // columns of one step
   static constexpr int kChunkBlocks = kChunk / kStep;
   static constexpr int kVectors = kStep / V::kCodes;
+  static constexpr int kSpan = 256;  // blocks whose scales are worked out at a time
   using Recode = std::conditional_t<
       kBytes, typename V::template Narrow<BITS, LUT && kBytes && BITS <= 4>,
       std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
@@ -81,52 +82,66 @@ struct Single {
     return acc;
   }
 
+  // Scales of blocks [first, first + count) of `rows` rows from n on, times those of the inputs if
+  // these are integers; what the offsets add is added to `sums`.
+  static __attribute__((noinline)) void prepare(const Matrix& m, const Input& in, int64_t n, int rows,
+                                                int64_t first, int count, const Meaning& meant,
+                                                float (*scales)[kSpan + V::kFloats], V::F* sums) {
+    const Tensor& t = m.tensor;
+    const int64_t total = t.rows * m.groups;
+    const bool direct = m.step == t.block && t.scale_type != kScaleDouble;
+    const V::F factor = V::set1(meant.factor);
+    alignas(64) float offsets[kSpan + V::kFloats];
+    for (int r = 0; r < rows; ++r) {
+      const int64_t group = (n + r) * m.groups + first;
+      float* out = scales[r];
+      if (!direct) row_scales(m, n + r, static_cast<int>(first), count, meant, out, offsets);
+      for (int b = 0; b < count; b += V::kFloats) {
+        const int here = least(V::kFloats, count - b);
+        V::F s, o;
+        if (direct) {
+          s = V::mul(load_any(t.scale_type, t.scales, group + b, here, total), factor);
+          if (meant.offset) o = offsets_of(m, group + b, here, total, meant, s);
+        } else {
+          s = V::load_part(out + b, here);
+          if (meant.offset) o = V::load_part(offsets + b, here);
+        }
+        if (meant.offset) sums[r] = V::fma(o, V::load(in.sums + first + b), sums[r]);
+        V::store(out + b, WIDTH == 32 ? s : V::mul(s, V::load(in.scales + first + b)));
+      }
+    }
+  }
+
   static void run(const Matrix& m, const Input& in, int64_t, int, float* y, int64_t, int64_t begin,
                   int64_t end) {
     const Tensor& t = m.tensor;
-    const int64_t units = (t.cols + 31) / 32, row_bytes = units * 4 * BITS;
-    const int64_t steps = (units + 1) / 2, total = t.rows * m.groups;
-    const bool direct = m.step == t.block && t.scale_type != kScaleDouble;
-    const ScaleBytes scale_bytes(m);
+    const int64_t units = (t.cols + 31) / 32, row_bytes = units * 4 * BITS, steps = (units + 1) / 2;
     const Meaning meant = meaning(kDigits ? 8 : WIDTH, m);
-    const V::F factor = V::set1(meant.factor);
+    const ScaleBytes scale_bytes(m);
     const Recode recode(m.tables);
     const uint8_t* row = static_cast<const uint8_t*>(t.codes) + begin * row_bytes;
-    const uint8_t* const codes_end = static_cast<const uint8_t*>(t.codes) + t.rows * row_bytes;
-    const uint8_t* ahead = row + kCodesAhead;
-    alignas(64) V::F sums[V::kFloats];
-    for (int64_t n = begin; n < end; ++n, row += row_bytes) {
-      const uint8_t* planes[3];
-      planes_of<BITS>(row, units, planes);
-      const int64_t group = n * m.groups;
-      prefetch(scale_bytes.begin + n * scale_bytes.row + kScalesAhead, scale_bytes.row, scale_bytes.end);
-      V::F acc = V::zero(), extra = V::zero();
-      for (int64_t first = 0; first < steps; first += V::kFloats) {
-        const int count = static_cast<int>(least<int64_t>(V::kFloats, steps - first));
-        const int64_t bytes = count * int64_t{8} * BITS;
-        prefetch(ahead, bytes, codes_end);
-        ahead += bytes;
-        alignas(64) float scales[2 * V::kFloats], offsets[2 * V::kFloats];
-        V::F s, o;
-        if (direct) {
-          s = V::mul(load_any(t.scale_type, t.scales, group + first, count, total), factor);
-          if (meant.offset) o = offsets_of(m, group + first, count, total, meant, s);
-        } else {
-          row_scales(m, n, static_cast<int>(first), count, meant, scales, offsets);
-          s = V::load_part(scales, count);
-          if (meant.offset) o = V::load_part(offsets, count);
+    int64_t offsets[3];
+    plane_offsets<BITS>(units, offsets);
+    const int64_t rows_ahead = (kCodesAhead + row_bytes - 1) / row_bytes;
+    alignas(64) float scales[V::kFloats][kSpan + V::kFloats];
+    for (int64_t n = begin; n < end; n += V::kFloats) {
+      const int rows = static_cast<int>(least<int64_t>(V::kFloats, end - n));
+      alignas(64) V::F sums[V::kFloats];
+      KBIT_UNROLL
+      for (int r = 0; r < V::kFloats; ++r) sums[r] = V::zero();
+      prefetch(scale_bytes.begin + n * scale_bytes.row + kScalesAhead, rows * scale_bytes.row, scale_bytes.end);
+      for (int64_t first = 0; first < steps; first += kSpan) {
+        const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
+        prepare(m, in, n, rows, first, count, meant, scales, sums);
+        for (int r = 0; r < rows; ++r, row += row_bytes) {
+          if (n + r + rows_ahead < end) prefetch(row + rows_ahead * row_bytes, row_bytes);
+          const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
+          sums[r] = blocks(recode, planes, units, first, count, in, scales[r], sums[r]);
         }
-        if (meant.offset) extra = V::fma(o, V::load(in.sums + first), extra);
-        V::store(scales, WIDTH == 32 ? s : V::mul(s, V::load(in.scales + first)));
-        acc = blocks(recode, planes, units, first, count, in, scales, acc);
+        if (first + kSpan < steps) row -= rows * row_bytes;
       }
-      const int64_t lane = (n - begin) % V::kFloats;
-      sums[lane] = V::add(acc, extra);
-      if (lane == V::kFloats - 1) {
-        V::store(y + n - lane, V::sums(sums));
-      } else if (n == end - 1) {
-        for (int64_t r = 0; r <= lane; ++r) y[n - lane + r] = V::sum(sums[r]);
-      }
+      if (rows == V::kFloats) V::store(y + n, V::sums(sums));
+      else V::store_part(y + n, V::sums(sums), rows);
     }
     if (t.n_outliers == 0) return;
     for (int64_t n = begin; n < end; ++n) y[n] += outlier_sum(m, in, 0, n);
