@@ -148,7 +148,7 @@ def main() -> None:
     assert not {"torch", "triton"} & set(imported), imported
     result: dict[str, Any] = {
         "help_seconds": median(seconds(lambda: run(KBIT, "--help")) for _ in range(args.rounds)),
-        "packages_imported": [name for name in imported if name not in sys.stdlib_module_names],
+        "packages_imported": [name for name in imported if name not in sys.stdlib_module_names and name[0] != "_"],
         "models": [one_model(model.kbit(bits), args.rounds) for bits in (8, 4, 2)],
     }
     if not args.no_install:

@@ -23,6 +23,7 @@ Arithmetic = Literal["float", "int8", "int16"]
 # in the order of the enums of src/kbit.h
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 ARITHMETICS: tuple[Arithmetic, ...] = ("float", "int8", "int16")
+MOST_THREADS = 1024  # of a pool: a system that starts no more of them ends the process
 
 _STORAGES = {"int": 0, "uint": 1}
 _CODEBOOK = 2
