@@ -1,6 +1,6 @@
 """Draws README's picture of speed from the machines' results: tokens/s over bits per parameter.
 
-    python benchmarks/plot.py        writes benchmarks/results/MACHINE.svg
+`python benchmarks/plot.py` writes benchmarks/results/MACHINE.svg.
 """
 
 import json

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from kbit.checkpoint.reader import open_checkpoint
-from kbit_kernels import QuantSpec, QuantizedTensor, reference
+from kbit_kernels import QuantizedTensor, QuantSpec, reference
 from models import NAMES, ROOT, Model, llama_quantize
 from record import save_section
 

@@ -148,8 +148,9 @@ def start() -> str:
                  f"{second['Rss'] / 1e6:.0f} MB mapped, {second['Pss'] / 1e6:.0f} MB its share"],
             ]  # fmt: skip
         for row in results.get("quantize", {}).get("rows", []):
-            rows.append([f"`kbit quantize` {row['model']} to `{row['spec']}`",
-                         f"{row['input_mb_per_s']:.0f} MB/s, peak {row['peak_bytes'] / 1e6:.0f} MB"])  # fmt: skip
+            rate = f"{row['input_mb_per_s']:.0f} MB/s of input"
+            peak = f"peak {row['peak_bytes'] / 1e6:.0f} MB"
+            rows.append([f"`kbit quantize` {row['model']} to `{row['spec']}`", f"{rate}, {peak}"])
         parts.append(f"{markdown(['', ''], rows)}\n\n<sub>{source(data)}</sub>")
     return "\n\n".join(parts)
 

@@ -111,7 +111,7 @@ def small_install(checkpoint: Path, source: Path) -> dict[str, Any]:
     shutil.rmtree(folder, ignore_errors=True)
     run(sys.executable, "-m", "venv", folder / "venv")
     python, kbit = folder / "venv/bin/python", folder / "venv/bin/kbit"
-    pip = python, "-m", "pip", "--quiet", "--disable-pip-version-check"
+    pip = python, "-m", "pip", "--disable-pip-version-check"
     built = seconds(lambda: run(*pip, "wheel", "--no-deps", "-w", folder, REPOSITORY))
     wheel = next(folder.glob("kbit-*.whl"))
     before = size_of(folder / "venv")
@@ -146,9 +146,10 @@ def main() -> None:
     checkpoint = model.kbit(4)
     imported = imports_of_generate(checkpoint)
     assert not {"torch", "triton"} & set(imported), imported
+    others = [name for name in imported if name not in sys.stdlib_module_names and name[0] != "_"]
     result: dict[str, Any] = {
         "help_seconds": median(seconds(lambda: run(KBIT, "--help")) for _ in range(args.rounds)),
-        "packages_imported": [name for name in imported if name not in sys.stdlib_module_names and name[0] != "_"],
+        "packages_imported": others,
         "models": [one_model(model.kbit(bits), args.rounds) for bits in (8, 4, 2)],
     }
     if not args.no_install:

@@ -71,7 +71,10 @@ def test_quantize_inspect_generate_chat_and_eval(tmp_path: Path) -> None:
         (("fit", "STUDY"), "kbit[study]"),
         (("plot", "STUDY"), "kbit[study]"),
         (("report", "STUDY"), "kbit[study]"),
-        (("family", "train", "--preset", "pocket", "--text", "TEXT", "--out", "OUT"), "kbit[torch]"),
+        (
+            ("family", "train", "--preset", "pocket", "--text", "TEXT", "--out", "OUT"),
+            "kbit[torch]",
+        ),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) else "",
 )
