@@ -82,6 +82,7 @@ def write_random_llama(folder: Path, config: dict[str, Any]) -> None:
         entries[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [place, place + size]}
         place += size
     header = json.dumps(entries).encode()
+    header += b" " * (-len(header) % 8)  # as the safetensors library does: data lies aligned
     rng = np.random.default_rng(0)
     with open(folder / "model.safetensors", "wb") as out:
         out.write(struct.pack("<Q", len(header)) + header)
