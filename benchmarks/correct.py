@@ -22,7 +22,7 @@ from kbit.engine.executor import load_executor
 from kbit.engine.tokenizer import Tokenizer
 from peers import prompt_ids
 
-BOUND = {"float": 1e-4, "int16": 1e-2, "int8": 0.2}  # root mean squares
+BOUND = {"float": 1e-4, "int16": 0.05, "int8": 0.4}  # root mean squares; unrelated logits have 1.4
 
 
 def some_ids(checkpoint: Checkpoint, count: int) -> np.ndarray:

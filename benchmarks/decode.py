@@ -11,7 +11,6 @@ results, section "NAME". --quick: one round, few candidates, nothing saved.
 import argparse
 import json
 import math
-import os
 import statistics
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from kbit.checkpoint.reader import Checkpoint, open_checkpoint
 from kbit.engine.native_executor import default_threads, fast_arithmetic
 from kbit.errors import KbitError
 from kbit.models import describe_checkpoint
-from models import LLAMA_TYPES, NAMES, Model
+from models import LLAMA_TYPES, NAMES, Model, gguf_tensor_bytes
 from peers import read_gb_per_s, run
 from record import last_level_cache_bytes, save_section
 
@@ -32,7 +31,7 @@ WHEEL_TYPES = ("Q8_0", "Q4_0")  # enough to say which build of llama.cpp is the 
 SETTINGS: dict[str, dict[str, Any]] = {
     "smollm2-135m-instruct": {
         "bits": (8, 7, 6, 5, 4, 3, 2), "types": LLAMA_TYPES, "wheel": WHEEL_TYPES,
-        "peers": PYTHON_PEERS, "prompt": 512, "tokens": 48, "greedy": 64,
+        "peers": PYTHON_PEERS, "prompt": 512, "tokens": 48, "greedy": 256,
     },
     "llama-1b": {
         "bits": (8, 6, 4, 3, 2), "types": [t for t in LLAMA_TYPES if t != "Q5_K_M"], "wheel": (),
@@ -96,7 +95,7 @@ def candidates(
     for engine, kinds in (("llama.cpp", setting["types"]), ("xllamacpp", setting["wheel"])):
         for kind in kinds:
             path = model.gguf(kind)
-            nbytes = os.path.getsize(path)
+            nbytes = gguf_tensor_bytes(path)
             size = {"model_bytes": nbytes, "bits_per_param": 8 * nbytes / parameters}
             rows.append({"engine": engine, "type": kind, "path": str(path), **size})
     for peer in setting["peers"]:

@@ -95,7 +95,7 @@ def write_random_llama(folder: Path, config: dict[str, Any]) -> None:
 
 
 def write_f16_gguf(source: Checkpoint, path: Path) -> None:
-    """A Llama as llama.cpp reads it, without a vocabulary: the benchmarks give token ids."""
+    """A Llama as llama.cpp reads it; its words are numbers, the benchmarks give token ids."""
     config = source.config
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -110,7 +110,11 @@ def write_f16_gguf(source: Checkpoint, path: Path) -> None:
     writer.add_rope_freq_base(config.get("rope_theta") or config["rope_parameters"]["rope_theta"])
     writer.add_vocab_size(config["vocab_size"])
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_F16)
-    writer.add_tokenizer_model("none")
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list([str(i) for i in range(config["vocab_size"])])
+    writer.add_token_types([gguf.TokenType.NORMAL] * config["vocab_size"])
+    writer.add_token_merges(["1 0"])
     names = {}
     for name in source.names():
         stem = name.removesuffix(".weight")
@@ -143,6 +147,11 @@ def llama_quantize(source: Path, kind: str, path: Path) -> None:
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), options)
     if failed:
         raise kbit.KbitError(f"llama.cpp could not quantize {source} to {kind}")
+
+
+def gguf_tensor_bytes(path: Path) -> int:
+    """As kbit counts: without the vocabulary and other metadata."""
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
 
 
 class Model:
