@@ -82,6 +82,15 @@ def cpu_machines() -> list[dict[str, Any]]:
 
 
 @table
+def plot() -> str:
+    """The pictures that benchmarks/plot.py draws from the same results."""
+    return "\n\n".join(
+        f"![tokens per second over bits per parameter]({path.relative_to(ROOT).as_posix()})"
+        for path in sorted(RESULTS.glob("*-cores.svg"))
+    )
+
+
+@table
 def speed() -> str:
     parts = []
     for results in cpu_machines():
