@@ -41,8 +41,11 @@ lint: $(VENV)/lint  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
+# llama.cpp compiled for this machine. gcc takes the zeros of its AMX tile configuration for dead
+# stores, and every product then crashes where there is AMX (ggml-org/llama.cpp, issue 20824).
 $(VENV)/bench: $(VENV)/test
-	CMAKE_ARGS=-DGGML_NATIVE=ON $(INSTALL) -e '.[bench]'  # llama.cpp, compiled for this machine
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
+	    $(INSTALL) -e '.[bench]'
 	@touch $@
 
 bench: $(BENCHES)  ## CPU speed, memory, start beside llama.cpp and others; README's table and plot

@@ -256,7 +256,7 @@ def run(engine: str, path: str, threads: int, prompt: int, tokens: int) -> dict[
     )
     seconds, after = time.perf_counter() - begin, os.times()
     if done.returncode:
-        raise RuntimeError(f"{engine} {path} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{engine} {path}: exit {done.returncode}: {done.stderr[-2000:]}")
     result = json.loads(done.stdout.splitlines()[-1])
     result["first_token_seconds"] = result.pop("first_token_at") - started
     own = sum(after[:4]) - sum(mine[:4])
