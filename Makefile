@@ -4,8 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/kbit_kernels/cpu/src/*)
+# The parts of `make bench`; each writes its section of benchmarks/results/MACHINE.json.
+BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-llama
 
-.PHONY: help install demo test lint format study bench clean
+.PHONY: help install demo test lint format study bench $(BENCHES) bench-models clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,11 +41,31 @@ lint: $(VENV)/lint  ## ruff and mypy
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/test  ## CPU speed beside llama.cpp; results under benchmarks/results
-	$(INSTALL) -e '.[bench]'
-	$(BIN)/python benchmarks/cpu_kernels.py
-	$(BIN)/python benchmarks/decode.py smollm2-135m-instruct "$$($(BIN)/kbit pull smollm2-135m-instruct)"
+# llama.cpp compiled for this machine. gcc takes the zeros of its AMX tile configuration for dead
+# stores, and every product then crashes where there is AMX (ggml-org/llama.cpp, issue 20824).
+$(VENV)/bench: $(VENV)/test
+	CMAKE_ARGS="-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
+	    $(INSTALL) -e '.[bench]'
+	@touch $@
+
+bench: $(BENCHES)  ## CPU speed, memory, start beside llama.cpp and others; README's table and plot
+	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/readme.py
+
+bench-models: $(VENV)/bench
+	$(BIN)/python benchmarks/models.py smollm2-135m-instruct llama-1b
+
+bench-kernels: $(VENV)/bench
+	$(BIN)/python -m pytest benchmarks/cpu_kernels.py
+
+bench-start bench-quantize: bench-models
+	$(BIN)/python benchmarks/$(@:bench-%=%).py
+
+bench-smollm2: bench-models
+	$(BIN)/python benchmarks/decode.py smollm2-135m-instruct
+
+bench-llama: bench-models
+	$(BIN)/python benchmarks/decode.py llama-1b
 
 TEXTS ?= $(wildcard ../shared/data/books/train-0*.txt)
 POCKET := build/pocket

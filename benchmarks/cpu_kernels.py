@@ -1,36 +1,75 @@
 """Native products and rounding: GB/s of weight bytes, and the share of the machine's bandwidth.
 
-`python benchmarks/cpu_kernels.py [--quick]` writes results/cpu-kernels.json. Matrices are rotated
-past the last-level cache, each figure is the median over rounds, bandwidth is measured again in
-every round, and no figure is taken of a product that is not first held to numpy. A round in which
-other processes took a core is thrown away and repeated.
+    pytest benchmarks/cpu_kernels.py [-k 'nf4 and int8'] [--rounds 7]
+
+Cold: the matrices of a case are as many copies as twice the last-level cache holds, read in turn,
+and the bandwidth beside it, measured before every round, is that of reading one buffer of that
+size. A cache as large as a server's (480 MB) holds whole small models, which decode out of it; so
+does no figure here. Medians of undisturbed rounds: threads wait by spinning, so a round in which
+they used less than whole cores had foreign load and is repeated. Every product is first held to
+numpy. A full run puts the section "kernels" into the machine's results.
 """
 
-import argparse
-import sys
 import time
+from collections.abc import Callable, Iterator
 from ctypes import byref, c_void_p
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 
 from kbit_kernels import QuantizedTensor, QuantSpec, expected_parts, reference
 from kbit_kernels.cpu import library
 from kbit_kernels.cpu.rounding import quantize
-from record import save
+from record import last_level_cache_bytes, save_section
 
-Cases = dict[str, tuple[QuantSpec, tuple[int, int], int, library.Arithmetic, library.Isa]]
-
-COLD_BYTES = 100 << 20  # three times a last-level cache of 32 MB
-FREE_CORES = 0.93  # threads wait by spinning, so that undisturbed ones use whole cores
-ATTEMPTS = 10
+COLD_BYTES = max(256 << 20, 2 * last_level_cache_bytes())
+FREE_CORES = 0.93
+ATTEMPTS = 4  # rounds tried for each one wanted
+ROUNDS = 7
 TOLERANCE = {"float": 1e-5, "int16": 3e-4, "int8": 2e-2}
+ISAS = [isa for isa in reversed(library.ISAS) if library.isa_available(isa)]
+SQUARE = (4096, 4096)
 
 
-def random_tensor(spec: QuantSpec, shape: tuple[int, int], seed: int) -> QuantizedTensor:
+@dataclass(frozen=True)
+class Product:
+    spec: QuantSpec
+    shape: tuple[int, int]
+    tokens: int
+    arithmetic: library.Arithmetic
+    isa: library.Isa
+
+    def __str__(self) -> str:
+        rows, columns = self.shape
+        return f"{self.isa}-{self.arithmetic}-{self.spec}-{rows}x{columns}-{self.tokens}"
+
+
+def products() -> Iterator[Product]:
+    """Every width as integers and as a codebook; 4 bits on shapes of models and more tokens."""
+    nf4 = QuantSpec("nf", 4, 64)
+    for isa in ISAS:
+        for arithmetic in library.ARITHMETICS:
+            yield Product(nf4, SQUARE, 1, arithmetic, isa)
+        if isa == "portable":
+            continue
+        for arithmetic in library.ARITHMETICS:
+            for bits in range(2, 9):
+                for dtype in ("int", "nf"):
+                    if (dtype, bits) != ("nf", 4):
+                        yield Product(QuantSpec(dtype, bits, 64), SQUARE, 1, arithmetic, isa)
+            yield Product(nf4, SQUARE, 4, arithmetic, isa)
+            yield Product(nf4, SQUARE, 512, arithmetic, isa)
+            yield Product(nf4, (1536, 576), 1, arithmetic, isa)
+            yield Product(nf4, (1536, 576), 512, arithmetic, isa)
+
+
+def random_tensor(spec: QuantSpec, shape: tuple[int, int]) -> QuantizedTensor:
     """Random codes and scales; nothing is quantized, which would take minutes."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     parts: dict[str, Any] = {}
     for suffix, (dtype, size) in expected_parts(spec, shape).items():
         if dtype == np.uint8:
@@ -41,162 +80,188 @@ def random_tensor(spec: QuantSpec, shape: tuple[int, int], seed: int) -> Quantiz
     return QuantizedTensor.from_parts(spec, shape, parts)
 
 
-class Case:
-    """Products of one input with enough copies of a matrix that none stays in a cache."""
+def copy_of(tensor: QuantizedTensor) -> QuantizedTensor:
+    parts = {suffix: part.copy() for suffix, part in tensor.parts().items()}
+    return QuantizedTensor.from_parts(tensor.spec, tensor.shape, parts)
 
-    def __init__(
-        self,
-        spec: QuantSpec,
-        shape: tuple[int, int],
-        tokens: int,
-        arithmetic: library.Arithmetic,
-        isa: library.Isa,
-        pool: library.Pool,
-    ) -> None:
-        self.shape, self.tokens, self.pool = shape, tokens, pool
-        self.index = library.ARITHMETICS.index(arithmetic)
-        tensor = random_tensor(spec, shape, 0)
-        self.weight_bytes = tensor.nbytes
-        count = max(1, COLD_BYTES // tensor.nbytes) if tokens < 16 else 2
-        tensors = [tensor, *(random_tensor(spec, shape, i) for i in range(1, count))]
-        self.matrices = [library.Matrix(t, isa) for t in tensors]
-        self.x = np.random.default_rng(1).standard_normal((tokens, shape[1])).astype(np.float32)
-        self.y = np.empty((tokens, shape[0]), dtype=np.float32)
-        weights = reference.dequantize(tensor.rows(slice(0, 64)))
-        exact = self.x @ weights.T
-        found = self.matrices[0].linear(self.x, arithmetic=arithmetic, pool=pool)[:, :64]
-        error = np.abs(found - exact).max() / np.abs(exact).max()
-        assert error < TOLERANCE[arithmetic], f"{spec} {isa} {arithmetic} is wrong by {error}"
-        self.handles = (c_void_p * count)(*(matrix.handle for matrix in self.matrices))
 
-    def seconds(self) -> float:
-        """Time of one product, the mean over all matrices."""
-        error = library._Error()
-        start = time.perf_counter()
-        library.load().kbit_linear_each(
-            self.handles, len(self.matrices), self.pool.handle, self.index,
-            self.x.ctypes.data, self.tokens, self.y.ctypes.data, byref(error),
-        )  # fmt: skip
-        return (time.perf_counter() - start) / len(self.matrices)
+def copies_for(weight_bytes: int, tokens: int) -> int:
+    return max(1, COLD_BYTES // weight_bytes) if tokens < 16 else 2
+
+
+@pytest.fixture(scope="module")
+def pool() -> library.Pool:
+    return library.Pool()
 
 
 class Bandwidth:
-    """What all threads together read from memory, GB/s."""
+    """What all threads together read of a buffer too large for the caches, GB/s."""
 
     def __init__(self, pool: library.Pool) -> None:
-        self.pool, self.data = pool, np.ones(COLD_BYTES // 8, dtype=np.uint64)
+        self._pool, self._data = pool, np.ones(COLD_BYTES // 8, dtype=np.uint64)
+        self.readings: list[float] = []
 
-    def gb_per_s(self) -> float:
-        """One reading."""
+    def read(self) -> float:
         start = time.perf_counter()
-        library.load().kbit_read(self.pool.handle, self.data.ctypes.data, self.data.size)
-        return self.data.nbytes / (time.perf_counter() - start) / 1e9
+        library.load().kbit_read(self._pool.handle, self._data.ctypes.data, self._data.size)
+        self.readings.append(self._data.nbytes / (time.perf_counter() - start) / 1e9)
+        return self.readings[-1]
 
 
-def measure_products(
-    cases: Cases,
-    rounds: int,
-    pool: library.Pool,
-) -> list[dict[str, Any]]:
-    """A row a case: medians, each round beside a reading of the bandwidth."""
-    bandwidth = Bandwidth(pool)
-    rows: list[dict[str, Any]] = []
-    for name, (spec, shape, tokens, arithmetic, isa) in cases.items():
-        case = Case(spec, shape, tokens, arithmetic, isa, pool)
-        case.seconds()
-        taken: list[float] = []
-        shares: list[float] = []
-        undisturbed = 0
-        for _ in range(ATTEMPTS * rounds):
-            wall, used = time.perf_counter(), time.process_time()
-            limit = bandwidth.gb_per_s()
-            seconds = case.seconds()
-            share = (time.process_time() - used) / (time.perf_counter() - wall) / pool.threads
-            if share < FREE_CORES:
-                continue
-            undisturbed += 1
-            taken.append(seconds)
-            shares.append(case.weight_bytes / seconds / 1e9 / limit)
-            if undisturbed == rounds:
-                break
-        if undisturbed < rounds:
-            print(f"{name:34} left out: other processes held the cores", flush=True)
-            continue
-        seconds = median(taken)
-        row: dict[str, Any] = {
-            "name": name,
-            "spec": str(spec),
-            "shape": list(shape),
-            "tokens": tokens,
-            "arithmetic": arithmetic,
-            "isa": isa,
-            "us": round(seconds * 1e6, 1),
-            "weight_gb_per_s": round(case.weight_bytes / seconds / 1e9, 2),
-            "bandwidth_share": round(median(shares), 3),
-            "gmac_per_s": round(shape[0] * shape[1] * tokens / seconds / 1e9, 1),
-        }
-        rows.append(row)
-        print(
-            f"{name:34} {row['us']:10.1f} us {row['weight_gb_per_s']:7.2f} GB/s "
-            f"{100 * row['bandwidth_share']:5.0f}% {row['gmac_per_s']:7.1f} GMAC/s",
-            flush=True,
-        )
-    return rows
+@pytest.fixture(scope="module")
+def bandwidth(pool: library.Pool) -> Bandwidth:
+    return Bandwidth(pool)
 
 
-def measure_rounding(rounds: int, pool: library.Pool) -> list[dict[str, Any]]:
-    """Round-to-nearest of fp32 weights: MB/s of input."""
-    w = np.random.default_rng(0).standard_normal((2048, 4096)).astype(np.float32)
-    rows = []
-    for text in ("int4-b64", "nf4-b64", "uint4-b64", "int8-b64", "nf8-b64"):
-        taken = []
-        for _ in range(rounds):
-            start = time.perf_counter()
-            quantize(w, QuantSpec.parse(text), pool=pool)
-            taken.append(time.perf_counter() - start)
-        rows.append({"spec": text, "input_mb_per_s": round(w.nbytes / median(taken) / 1e6)})
-        print(f"quantize {text:25} {rows[-1]['input_mb_per_s']:10} MB/s", flush=True)
-    return rows
+class Results:
+    def __init__(self) -> None:
+        self.sections: dict[str, list[dict[str, Any]]] = {}
+
+    def add(self, section: str, benchmark: Any, **row: Any) -> None:
+        benchmark.extra_info.update(row)
+        self.sections.setdefault(section, []).append(row)
 
 
-def main() -> None:
-    """Measures and saves."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="4 bits only, 3 rounds, not saved")
-    parser.add_argument("--rounds", type=int, default=7)
-    options = parser.parse_args()
-    rounds = 3 if options.quick else options.rounds
-    pool = library.Pool()
-    isas: list[library.Isa] = [
-        isa for isa in reversed(library.ISAS[1:]) if library.isa_available(isa)
-    ] or ["portable"]
-    cases: Cases = {}
-    for isa in isas:
-        for bits in (4,) if options.quick else range(2, 9):
-            for dtype in ("int", "nf"):
-                spec = QuantSpec(dtype, bits, 64)
-                for arithmetic in library.ARITHMETICS:
-                    name = f"{isa} {arithmetic} {spec}"
-                    cases[f"{name} decode"] = (spec, (4096, 4096), 1, arithmetic, isa)
-        for arithmetic in library.ARITHMETICS:
-            spec = QuantSpec("nf", 4, 64)
-            cases[f"{isa} {arithmetic} {spec} prompt"] = (spec, (1536, 576), 512, arithmetic, isa)
-            cases[f"{isa} {arithmetic} {spec} batch 4"] = (spec, (4096, 4096), 4, arithmetic, isa)
-    products = measure_products(cases, rounds, pool)
-    rounding = measure_rounding(rounds, pool)
-    reading = Bandwidth(pool)
-    read_gb_per_s = round(median(reading.gb_per_s() for _ in range(rounds)), 1)
-    print(f"read bandwidth {read_gb_per_s} GB/s on {pool.threads} threads")
-    if not options.quick:
-        result = {
+@pytest.fixture(scope="module")
+def results(
+    request: pytest.FixtureRequest, pool: library.Pool, bandwidth: Bandwidth
+) -> Iterator[Results]:
+    """Collects rows, and saves them after a full run without failures."""
+    found = Results()
+    yield found
+    session = request.session
+    if session.testsfailed or request.config.getoption("keyword"):
+        return
+    save_section(
+        "kernels",
+        "pytest benchmarks/cpu_kernels.py",
+        {
             "threads": pool.threads,
-            "read_gb_per_s": read_gb_per_s,
-            "products": products,
-            "quantize": rounding,
-        }
-        command = "python benchmarks/" + " ".join(sys.argv).split("/")[-1]
-        print(save("cpu-kernels", command, result))
+            "last_level_cache_bytes": last_level_cache_bytes(),
+            "working_set_bytes": COLD_BYTES,
+            "read_gb_per_s": round(median(bandwidth.readings), 1),
+            **found.sections,
+        },
+    )
 
 
-if __name__ == "__main__":
-    main()
+def undisturbed(
+    benchmark: Any, threads: int, timed: Callable[[], None], before: Callable[[], Any]
+) -> list[tuple[float, Any]]:
+    """ROUNDS rounds of `timed` that had the cores to themselves: seconds, and what `before` gave.
+
+    pytest-benchmark's own statistics count the disturbed rounds too.
+    """
+    rounds: list[tuple[float, float, Any]] = []
+
+    def one_round(given: Any) -> None:
+        wall, used = time.perf_counter(), time.process_time()
+        timed()
+        seconds = time.perf_counter() - wall
+        rounds.append((seconds, (time.process_time() - used) / seconds / threads, given))
+
+    timed()
+    benchmark.pedantic(one_round, setup=lambda: ((before(),), {}), rounds=ROUNDS, iterations=1)
+    while len(quiet := [(s, given) for s, used, given in rounds if used >= FREE_CORES]) < ROUNDS:
+        if len(rounds) >= ATTEMPTS * ROUNDS:
+            pytest.fail("other processes held the cores: measure on a quiet machine")
+        one_round(before())
+    return quiet
+
+
+def product_row(
+    rounds: list[tuple[float, float]], count: int, weight_bytes: int, macs: int
+) -> dict[str, float]:
+    """Medians of rounds over `count` matrices, each beside a reading of the bandwidth."""
+    seconds = median(s for s, _ in rounds) / count
+    shares = [weight_bytes * count / s / 1e9 / limit for s, limit in rounds]
+    return {
+        "us": round(seconds * 1e6, 1),
+        "weight_gb_per_s": round(weight_bytes / seconds / 1e9, 2),
+        "bandwidth_share": round(median(shares), 3),
+        "gmac_per_s": round(macs / seconds / 1e9, 1),
+    }
+
+
+@pytest.mark.parametrize("case", [*products()], ids=str)
+def test_product(
+    case: Product, benchmark: Any, pool: library.Pool, bandwidth: Bandwidth, results: Results
+) -> None:
+    tensor = random_tensor(case.spec, case.shape)
+    count = copies_for(tensor.nbytes, case.tokens)
+    tensors = [tensor, *(copy_of(tensor) for _ in range(1, count))]
+    matrices = [library.Matrix(t, case.isa) for t in tensors]
+    x = np.random.default_rng(1).standard_normal((case.tokens, case.shape[1]), dtype=np.float32)
+    y = np.empty((case.tokens, case.shape[0]), dtype=np.float32)
+    exact = x @ reference.dequantize(tensor.rows(slice(0, 64))).T
+    found = matrices[0].linear(x, arithmetic=case.arithmetic, pool=pool)[:, :64]
+    assert np.abs(found - exact).max() <= TOLERANCE[case.arithmetic] * np.abs(exact).max()
+    handles = (c_void_p * count)(*(matrix.handle for matrix in matrices))
+    index, error = library.ARITHMETICS.index(case.arithmetic), library._Error()
+
+    def all_products() -> None:
+        library.load().kbit_linear_each(
+            handles, count, pool.handle, index, x.ctypes.data, case.tokens, y.ctypes.data,
+            byref(error),
+        )  # fmt: skip
+
+    rounds = undisturbed(benchmark, pool.threads, all_products, bandwidth.read)
+    macs = case.shape[0] * case.shape[1] * case.tokens
+    results.add(
+        "products",
+        benchmark,
+        spec=str(case.spec),
+        shape=list(case.shape),
+        tokens=case.tokens,
+        arithmetic=case.arithmetic,
+        isa=case.isa,
+        **product_row(rounds, count, tensor.nbytes, macs),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 4, 512])
+def test_torch_int4_product(
+    tokens: int, benchmark: Any, pool: library.Pool, bandwidth: Bandwidth, results: Results
+) -> None:
+    """torch's own: 4-bit codes with a bf16 scale and zero a group of 64, bf16 inputs."""
+    rows, columns = SQUARE
+    torch.set_num_threads(pool.threads)
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, SQUARE, dtype=torch.int32, generator=generator)
+    scales = torch.rand(columns // 64, rows, 2, generator=generator).to(torch.bfloat16)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    weight_bytes = packed.nbytes + scales.nbytes
+    count = copies_for(weight_bytes, tokens)
+    stored = [(packed.clone(), scales.clone()) for _ in range(count)]
+    x = torch.randn(tokens, columns, generator=generator).to(torch.bfloat16)
+    product = torch.ops.aten._weight_int4pack_mm_for_cpu
+    scale, zero = (part.float().T.repeat_interleave(64, 1) for part in scales.unbind(-1))
+    exact = x.float() @ ((codes - 8) * scale + zero).T
+    error = (product(x, packed, 64, scales).float() - exact).abs().max() / exact.abs().max()
+    assert error < TOLERANCE["int8"]
+
+    def all_products() -> None:
+        for weights, values in stored:
+            product(x, weights, 64, values)
+
+    rounds = undisturbed(benchmark, pool.threads, all_products, bandwidth.read)
+    results.add(
+        "peers",
+        benchmark,
+        name=f"torch {torch.__version__} _weight_int4pack_mm_for_cpu, bf16, group 64",
+        shape=list(SQUARE),
+        tokens=tokens,
+        **product_row(rounds, count, weight_bytes, rows * columns * tokens),
+    )
+
+
+@pytest.mark.parametrize("spec", ["int4-b64", "nf4-b64", "uint4-b64", "int8-b64", "nf8-b64"])
+def test_rounding(spec: str, benchmark: Any, pool: library.Pool, results: Results) -> None:
+    """Round-to-nearest of fp32 weights: MB/s of input."""
+    w = np.random.default_rng(0).standard_normal((4096, 4096), dtype=np.float32)
+    parsed = QuantSpec.parse(spec)
+    expected = reference.quantize(w[:64], parsed)
+    assert np.array_equal(quantize(w[:64], parsed, pool=pool).codes, expected.codes)
+    rounds = undisturbed(benchmark, 1, lambda: quantize(w, parsed, pool=pool), lambda: None)
+    seconds = median(s for s, _ in rounds)
+    results.add("quantize", benchmark, spec=spec, input_mb_per_s=round(w.nbytes / seconds / 1e6))

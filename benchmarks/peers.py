@@ -2,9 +2,10 @@
 
     python benchmarks/peers.py ENGINE PATH THREADS PROMPT TOKENS
 
-Engines: kbit-float, kbit-int8 (checkpoint directories), llama.cpp (a .gguf file),
-transformers-fp32, transformers-bf16, bitsandbytes-nf4 (Hugging Face directories). Every engine gets
-the same token ids. `run` starts it as a child and says how much of the machine others used.
+Engines: kbit-float, kbit-int8, kbit-int16 (checkpoint directories), llama.cpp and
+xllamacpp (a .gguf file), transformers-fp32, transformers-bf16, bitsandbytes-nf4, torch-int4
+(Hugging Face directories). Every engine gets the same token ids. `run` starts it as a child and
+says how much of the machine others used.
 """
 
 import json
@@ -16,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+Read = Callable[[list[int], int], None]  # a prompt, and room for so many more tokens
 Decode = Callable[[int], None]
 
 
@@ -24,7 +26,7 @@ def prompt_ids(count: int) -> list[int]:
     return [100 + (37 * i) % 4000 for i in range(count)]
 
 
-def kbit(path: str, threads: int, arithmetic: str) -> tuple[Any, Any]:
+def kbit(path: str, threads: int, arithmetic: str) -> tuple[Read, Decode, Any]:
     import numpy as np
 
     from kbit.checkpoint.reader import open_checkpoint
@@ -45,20 +47,44 @@ def kbit(path: str, threads: int, arithmetic: str) -> tuple[Any, Any]:
             logits = executor.forward([np.array([state["next"]])], state["cache"])[0]
             state["next"] = int(logits.argmax())
 
-    return read, decode
+    return read, decode, executor
 
 
-def transformers(path: str, threads: int, kind: str) -> tuple[Any, Any]:
+def read_gb_per_s(threads: int, nbytes: int) -> float:
+    """What kbit's threads read of a buffer as large as a step's weights, over and over, as a
+    decoder does: out of the last-level cache where it holds them, else from memory."""
+    from statistics import median
+
+    import numpy as np
+
+    from kbit_kernels.cpu import library
+
+    pool, data = library.Pool(threads), np.ones(nbytes // 8, np.uint64)
+    taken = []
+    for _ in range(9):
+        begin = time.perf_counter()
+        library.load().kbit_read(pool.handle, data.ctypes.data, data.size)
+        taken.append(time.perf_counter() - begin)
+    return data.nbytes / median(taken[1:]) / 1e9
+
+
+def transformers(path: str, threads: int, kind: str) -> tuple[Read, Decode, Any]:
     import torch
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     torch.set_num_threads(threads)
-    options: dict[str, Any] = {"dtype": torch.bfloat16 if kind == "bf16" else torch.float32}
+    options: dict[str, Any] = {"dtype": torch.float32 if kind == "fp32" else torch.bfloat16}
     if kind == "nf4":
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4"
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
         )
     model = AutoModelForCausalLM.from_pretrained(path, **options)
+    if kind == "int4":
+        for layer in model.model.layers:
+            for part in (layer.self_attn, layer.mlp):
+                for name, module in list(part.named_children()):
+                    if isinstance(module, torch.nn.Linear):
+                        setattr(part, name, torch_int4(module.weight))
     state: dict[str, Any] = {}
 
     def step(ids: Any) -> None:
@@ -75,13 +101,79 @@ def transformers(path: str, threads: int, kind: str) -> tuple[Any, Any]:
         for _ in range(count):
             step(state["next"])
 
-    return read, decode
+    return read, decode, model
 
 
-def measure(read: Any, decode: Any, prompt: int, tokens: int) -> dict[str, float]:
-    begin = time.perf_counter()
+def torch_int4(weight: Any, group: int = 64) -> Any:
+    """A linear layer on torch's own 4-bit product, rounded to the nearest of 16 steps a group."""
+    import torch
+
+    rows, columns = weight.shape
+    w = weight.detach().float().reshape(rows, columns // group, group)
+    low, high = w.amin(-1, keepdim=True), w.amax(-1, keepdim=True)
+    scale = (high - low).clamp(min=1e-6) / 15
+    codes = ((w - low) / scale).round().to(torch.int32).reshape(rows, columns)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    zeros = low + 8 * scale
+    scales = torch.cat([scale, zeros], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
+
+    class Int4(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("packed", packed)
+            self.register_buffer("scales", scales)
+
+        def forward(self, x: Any) -> Any:
+            y = torch.ops.aten._weight_int4pack_mm_for_cpu(
+                x.reshape(-1, columns), self.packed, group, self.scales
+            )
+            return y.reshape(*x.shape[:-1], rows)
+
+    return Int4()
+
+
+def llama_cpp(path: str, threads: int, context: int) -> tuple[Read, Decode, Any]:
+    """llama.cpp's C API, with its defaults."""
+    import ctypes
+
+    import llama_cpp as api
+    import numpy as np
+
+    @api.llama_log_callback
+    def quiet(level: int, text: bytes, data: Any) -> None:
+        pass
+
+    api.llama_log_set(quiet, ctypes.c_void_p(0))
+    api.llama_backend_init()
+    model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
+    options = api.llama_context_default_params()
+    options.n_ctx = context
+    options.n_threads = options.n_threads_batch = threads
+    session = api.llama_init_from_model(model, options)
+    words = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
+    state: dict[str, Any] = {"quiet": quiet}
+
+    def step(ids: list[int]) -> None:
+        tokens = (api.llama_token * len(ids))(*ids)
+        if api.llama_decode(session, api.llama_batch_get_one(tokens, len(ids))):
+            raise RuntimeError(f"llama_decode failed on {len(ids)} tokens")
+        state["logits"] = np.ctypeslib.as_array(api.llama_get_logits_ith(session, -1), (words,))
+        state["next"] = int(state["logits"].argmax())
+
+    def read(ids: list[int], room: int) -> None:
+        api.llama_memory_clear(api.llama_get_memory(session), True)
+        step(ids)
+
+    def decode(count: int) -> None:
+        for _ in range(count):
+            step([state["next"]])
+
+    return read, decode, state
+
+
+def measure(read: Read, decode: Decode, prompt: int, tokens: int) -> dict[str, float]:
     read(prompt_ids(8), 8)
-    first = time.perf_counter()
+    first = time.time()
     decode(4)
     read(prompt_ids(16), tokens)
     ready = time.perf_counter()
@@ -90,14 +182,14 @@ def measure(read: Any, decode: Any, prompt: int, tokens: int) -> dict[str, float
     read(prompt_ids(prompt), 1)
     end = time.perf_counter()
     return {
-        "first_token_seconds": first - begin,
+        "first_token_at": first,
         "decode_tokens_per_second": tokens / (decoded - ready),
         "prompt_tokens_per_second": prompt / (end - decoded),
     }
 
 
-def llama_cpp(path: str, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """Its own timings: prompt evaluation and decoding, without sampling's and HTTP's overhead."""
+def xllamacpp(path: str, threads: int, prompt: int, tokens: int) -> dict[str, float]:
+    """llama.cpp as the wheel xllamacpp has it; its own timings."""
     import xllamacpp
 
     options = xllamacpp.CommonParams()
@@ -110,13 +202,12 @@ def llama_cpp(path: str, threads: int, prompt: int, tokens: int) -> dict[str, fl
     def complete(count: int, made: int) -> dict[str, float]:
         request = {"prompt": prompt_ids(count), "n_predict": made, "temperature": 0}
         answer = server.handle_completions(request | {"ignore_eos": True, "cache_prompt": False})
-        return answer["timings"]
+        timings: dict[str, float] = answer["timings"]
+        return timings
 
-    begin = time.perf_counter()
     complete(8, 1)
-    first = time.perf_counter() - begin
     return {
-        "first_token_seconds": first,
+        "first_token_at": time.time(),
         "decode_tokens_per_second": complete(16, tokens)["predicted_per_second"],
         "prompt_tokens_per_second": complete(prompt, 1)["prompt_per_second"],
     }
@@ -124,17 +215,27 @@ def llama_cpp(path: str, threads: int, prompt: int, tokens: int) -> dict[str, fl
 
 def child(engine: str, path: str, threads: int, prompt: int, tokens: int) -> dict[str, float]:
     begin = time.perf_counter()
-    if engine == "llama.cpp":
-        result = llama_cpp(path, threads, prompt, tokens)
+    if engine == "xllamacpp":
+        result = xllamacpp(path, threads, prompt, tokens)
     else:
-        family, kind = engine.split("-")
-        load = kbit if family == "kbit" else transformers
-        read, decode = load(path, threads, kind)
+        family, _, kind = engine.partition("-")
+        if family == "kbit":
+            read, decode, model = kbit(path, threads, kind)
+        elif family == "llama.cpp":
+            read, decode, model = llama_cpp(path, threads, prompt + tokens + 64)
+        else:
+            read, decode, model = transformers(path, threads, kind)
         loaded = time.perf_counter() - begin
         result = {"load_seconds": loaded, **measure(read, decode, prompt, tokens)}
     # not getrusage, whose maximum a child takes over from its parent
     status = Path("/proc/self/status").read_text()
     result["peak_bytes"] = 1024.0 * int(status.split("VmHWM:")[1].split()[0])
+    if "transformers" in sys.modules:
+        result["model_bytes"] = float(model.get_memory_footprint())
+    if engine.startswith("kbit"):
+        rate = result["decode_tokens_per_second"] * model.step_bytes / 1e9
+        result["decode_gb_per_s"] = rate
+        result["bandwidth_share"] = rate / read_gb_per_s(threads, model.step_bytes)
     return result
 
 
@@ -146,18 +247,21 @@ def _busy_seconds() -> float:
 
 
 def run(engine: str, path: str, threads: int, prompt: int, tokens: int) -> dict[str, float]:
-    """The child's result and `foreign_share`: processor time of others over that of all cores."""
+    """The child's result, `first_token_seconds` from the start of its process, and
+    `foreign_share`: processor time of others over that of all cores."""
     arguments = [engine, path, str(threads), str(prompt), str(tokens)]
-    busy, mine, begin = _busy_seconds(), os.times(), time.perf_counter()
+    busy, mine, begin, started = _busy_seconds(), os.times(), time.perf_counter(), time.time()
     done = subprocess.run(
         [sys.executable, __file__, *arguments], capture_output=True, text=True, check=False
     )
     seconds, after = time.perf_counter() - begin, os.times()
     if done.returncode:
-        raise RuntimeError(f"{engine} {path} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{engine} {path}: exit {done.returncode}: {done.stderr[-2000:]}")
+    result = json.loads(done.stdout.splitlines()[-1])
+    result["first_token_seconds"] = result.pop("first_token_at") - started
     own = sum(after[:4]) - sum(mine[:4])
     foreign = max(0.0, _busy_seconds() - busy - own) / (seconds * (os.cpu_count() or 1))
-    return {**json.loads(done.stdout.splitlines()[-1]), "foreign_share": foreign}
+    return {**result, "foreign_share": foreign}
 
 
 if __name__ == "__main__":

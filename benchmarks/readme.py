@@ -76,34 +76,91 @@ def quality() -> str:
     return "\n\n".join(parts)
 
 
+def cpu_machines() -> list[dict[str, Any]]:
+    """The results of benchmarks/decode.py and its neighbours, a file a machine."""
+    return [load(path.stem) for path in sorted(RESULTS.glob("*-cores.json"))]
+
+
+@table
+def plot() -> str:
+    """The pictures that benchmarks/plot.py draws from the same results."""
+    return "\n\n".join(
+        f"![tokens per second over bits per parameter]({path.relative_to(ROOT).as_posix()})"
+        for path in sorted(RESULTS.glob("*-cores.svg"))
+    )
+
+
 @table
 def speed() -> str:
     parts = []
-    for path in sorted(RESULTS.glob("decode-*.json")):
-        data = load(path.stem)
-        rows = [
+    for results in cpu_machines():
+        for name, data in results.items():
+            if "prompt" in data:
+                parts.append(_speed_of(name, data))
+    return "\n\n".join(parts)
+
+
+def _speed_of(name: str, data: dict[str, Any]) -> str:
+    rows = []
+    for row in data["rows"]:
+        mark = " (default)" if row.get("default") else ""
+        share = f"{100 * row['bandwidth_share']:.0f} %" if "bandwidth_share" in row else ""
+        rows.append(
             [
-                row["engine"],
+                f"{row['engine']}{mark}",
                 row["type"],
                 f"{row['bits_per_param']:.2f}" if "bits_per_param" in row else "",
                 f"{row['model_bytes'] / 1e6:.0f}" if "model_bytes" in row else "",
                 f"{row['decode_tokens_per_second']:.0f}",
+                share,
                 f"{row['prompt_tokens_per_second']:.0f}",
-                f"{row['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in row else "",
+                f"{row['first_token_seconds']:.2f}",
+                f"{row['peak_bytes'] / 1e6:.0f}",
             ]
-            for row in data["rows"]
-        ]
-        header = [
-            "engine",
-            "type",
-            "bits per parameter",
-            "MB",
-            "decode, tokens/s",
-            f"prompt of {data['prompt']}, tokens/s",
-            "peak memory, MB",
-        ]
-        title = f"**{data['model']}**, {data['threads']} threads, medians"
-        parts.append(f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}</sub>")
+        )
+    header = [
+        "engine",
+        "type",
+        "bits per parameter",
+        "MB",
+        "decode, tokens/s",
+        "of read bandwidth",
+        f"prompt of {data['prompt']}, tokens/s",
+        "first token, s",
+        "peak memory, MB",
+    ]
+    title = f"**{name}**, {data['threads']} threads, medians"
+    return f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}</sub>"
+
+
+@table
+def start() -> str:
+    parts = []
+    for results in cpu_machines():
+        if "start" not in results:
+            continue
+        data = results["start"]
+        install = data["install"]
+        rows = [
+            ["install without torch (limit 200 MB, 60 s)",
+             f"{install['bytes'] / 1e6:.0f} MB, {install['seconds']:.0f} s"],
+            ["`kbit --help`", f"{data['help_seconds']:.2f} s"],
+        ]  # fmt: skip
+        for model in data["models"]:
+            name = f"{model['model_bytes'] / 1e6:.0f} MB"
+            second = model["two_processes"][0]
+            rows += [
+                [f"first token of a cold process, {name}", f"{model['first_token_seconds']:.2f} s"],
+                [f"peak memory above the model's {name}",
+                 f"{model['peak_above_model_bytes'] / 1e6:.0f} MB"],
+                [f"its weights in each of two processes, {name}",
+                 f"{second['Rss'] / 1e6:.0f} MB mapped, {second['Pss'] / 1e6:.0f} MB its share"],
+            ]  # fmt: skip
+        for row in results.get("quantize", {}).get("rows", []):
+            rate = f"{row['input_mb_per_s']:.0f} MB/s of input"
+            peak = f"peak {row['peak_bytes'] / 1e6:.0f} MB"
+            rows.append([f"`kbit quantize` {row['model']} to `{row['spec']}`", f"{rate}, {peak}"])
+        parts.append(f"{markdown(['', ''], rows)}\n\n<sub>{source(data)}</sub>")
     return "\n\n".join(parts)
 
 

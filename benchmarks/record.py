@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import re
 import subprocess
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -10,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("kbit", "numpy", "torch", "triton", "transformers", "bitsandbytes", "xllamacpp")
+PACKAGES = (
+    "kbit",
+    "numpy",
+    "torch",
+    "triton",
+    "transformers",
+    "bitsandbytes",
+    "llama-cpp-python",
+)
 
 
 def _cpu() -> str:
@@ -46,6 +55,14 @@ def _revision() -> str:
     return commit.stdout.strip() + ("+" if dirty.stdout.strip() else "")
 
 
+def last_level_cache_bytes() -> int:
+    """As the system reports it: in a virtual machine that is the host's, shared with others."""
+    sizes = []
+    for size in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        sizes.append(int(size.read_text().strip().removesuffix("K")) << 10)
+    return max(sizes, default=32 << 20)
+
+
 def environment() -> dict[str, Any]:
     """What a result was measured on and with."""
     affinity = hasattr(os, "sched_getaffinity")  # not on macOS
@@ -60,12 +77,32 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """This machine's name in results, such as intel-xeon-processor-2-cores."""
+    here = environment()
+    words = re.findall(r"[a-z0-9]+", re.sub(r"\((r|tm)\)", " ", here["cpu"].lower()))
+    return "-".join([*words, str(here["cores"]), "cores"])
+
+
 def save(name: str, command: str, result: dict[str, Any]) -> Path:
     """Write `results/NAME.json`: the environment, the command that repeats it, and `result`."""
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}.json"
-    text = json.dumps({"environment": environment(), "command": command, **result}, indent=1)
+    return _write(RESULTS / f"{name}.json", _stamped(command, result))
+
+
+def save_section(section: str, command: str, result: dict[str, Any]) -> Path:
+    """Put one section into `results/MACHINE.json`; the others stay as they are."""
+    path = RESULTS / f"{machine()}.json"
+    sections = json.loads(path.read_text()) if path.exists() else {}
+    return _write(path, sections | {section: _stamped(command, result)})
+
+
+def _stamped(command: str, result: dict[str, Any]) -> dict[str, Any]:
+    return {"environment": environment(), "command": command, **result}
+
+
+def _write(path: Path, content: dict[str, Any]) -> Path:
+    path.parent.mkdir(exist_ok=True)
     partial = path.with_suffix(".partial")
-    partial.write_text(text + "\n")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
     partial.replace(path)
     return path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Callable
 from importlib import import_module
@@ -143,8 +144,23 @@ def _sentence(error: Exception) -> str:
         return f"{where}{error.strerror or error}"
     if isinstance(error, MemoryError):
         return "there is not enough memory for this"
+    if isinstance(error, ModuleNotFoundError):
+        package = (error.name or "").partition(".")[0]
+        if extra := _extra_with(package):
+            return f"this needs {package}, which is an extra: pip install 'kbit[{extra}]'"
     told = f"{type(error).__name__}: {error}".split("\n")[0]
     return f"something went wrong inside kbit ({told}); --debug shows where"
+
+
+def _extra_with(package: str) -> str | None:
+    """The first extra of this distribution that brings a package, read from its metadata."""
+    from importlib.metadata import requires
+
+    for requirement in requires("kbit") or ():
+        found = re.fullmatch(r"([\w.-]+).*extra == ['\"]([\w-]+)['\"]", requirement)
+        if found and found[1].replace("-", "_") == package:
+            return found[2]
+    return None
 
 
 def _fail(sentence: str, status: int) -> None:

@@ -100,8 +100,8 @@ def load(
         arithmetic = fast_arithmetic(checkpoint, decoder)
     if isa is not None:
         _known("isa", isa, library.ISAS)
-    if threads is not None and threads < 1:
-        raise KbitError(f"threads is {threads}, but has to be 1 or above")
+    if threads is not None and not 1 <= threads <= library.MOST_THREADS:
+        raise KbitError(f"threads is {threads}, but has to be from 1 to {library.MOST_THREADS}")
     return NativeExecutor(checkpoint, decoder, cache_dtype, threads, arithmetic, isa)
 
 

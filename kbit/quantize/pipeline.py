@@ -32,6 +32,8 @@ from kbit.quantize.methods import get_method
 from kbit.quantize.plan import Plan, Task, is_float
 from kbit.quantize.progress import Progress
 from kbit.quantize.workdir import WorkDirectory
+from kbit_kernels import cpu
+from kbit_kernels.cpu import library
 from kbit_kernels.errors import KbitError
 from kbit_kernels.tensor import expected_parts
 
@@ -47,7 +49,8 @@ class _Open:
 
     task: Task
     left: int
-    prepared: dict[str, Any] | None = None
+    matrix: np.ndarray | None = None  # read once: a misaligned file gives a copy each time
+    prepared: dict[str, Any] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -117,7 +120,7 @@ class Pipeline:
     def _run_tasks(self, files: FilledFiles) -> None:
         pieces = self._pieces()
         running: dict[Future[None], _Piece] = {}
-        with ThreadPoolExecutor(self.threads) as pool:
+        with ThreadPoolExecutor(self.threads, initializer=_compute_alone) as pool:
             try:
                 # a short queue, so that tensors finish in the model's order
                 while True:
@@ -183,11 +186,13 @@ class Pipeline:
     def _quantize(self, piece: _Piece, files: FilledFiles) -> None:
         tensor, task = piece.tensor, piece.tensor.task
         assert task.spec is not None
-        rows = self._matrix(task)[piece.start : piece.stop]
         try:
             with tensor.lock:  # the first piece prepares, while other threads have other tensors
-                if tensor.prepared is None:
-                    tensor.prepared = self._method.prepare(self._matrix(task), task.spec)
+                if tensor.matrix is None:
+                    matrix = self._matrix(task)
+                    tensor.prepared = self._method.prepare(matrix, task.spec)
+                    tensor.matrix = matrix
+            rows = tensor.matrix[piece.start : piece.stop]
             result = self._method.quantize(rows, task.spec, self.plan.search, tensor.prepared)
         except KbitError as error:
             raise KbitError(f"{self.source.path}: tensor {task.name!r}: {error}") from None
@@ -236,6 +241,11 @@ class Pipeline:
             headers={name: sha256(header) for name, header in self.layout.headers.items()},
             extra={"search": self.plan.search},
         )
+
+
+def _compute_alone() -> None:
+    if cpu.available()[0]:
+        library.work_alone()
 
 
 def default_threads() -> int:

@@ -3,6 +3,7 @@
 import ctypes
 import os
 import shutil
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
@@ -23,6 +24,7 @@ Arithmetic = Literal["float", "int8", "int16"]
 # in the order of the enums of src/kbit.h
 ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512")
 ARITHMETICS: tuple[Arithmetic, ...] = ("float", "int8", "int16")
+MOST_THREADS = 1024  # of a pool: a system that starts no more of them ends the process
 
 _STORAGES = {"int": 0, "uint": 1}
 _CODEBOOK = 2
@@ -204,13 +206,21 @@ class Pool:
 
 
 _pools: dict[int, Pool] = {}
+_thread = threading.local()
 # the threads of a pool do not live on in a forked child
 os.register_at_fork(after_in_child=lambda: _pools.clear())
 
 
 def default_pool() -> Pool:
     """The pool that products use unless they are given one."""
-    return _pools.setdefault(0, _pools.get(0) or Pool())
+    alone: Pool | None = getattr(_thread, "pool", None)
+    return alone or _pools.setdefault(0, _pools.get(0) or Pool())
+
+
+def work_alone() -> None:
+    """From now on the calling thread computes by itself, for callers that are many threads
+    themselves: they would wait for each other at one pool."""
+    _thread.pool = Pool(1)
 
 
 class Matrix:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kbit_kernels import cpu
+from tests.kbit.checkpoint.gguf_build import tiny_model, write_gguf
 from tests.kbit.speaker import write_model
 
 # None in sys.modules makes an import fail as if the package were not installed
@@ -16,17 +17,22 @@ import sys
 for package in ("torch", "triton", "transformers", "matplotlib", "scipy", "bitsandbytes"):
     sys.modules[package] = None
 from kbit.cli.main import main
-main(sys.argv[1:])
+"""
+MAIN = "main(sys.argv[1:])"
+NO_LIBRARY = """
+from pathlib import Path
+from kbit_kernels.cpu import library
+library.LIBRARY = Path("nowhere") / "_native.so"
 """
 
 
+def call(code: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+
+
 def kbit(*arguments: object, stdin: str = "") -> str:
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL, *map(str, arguments)],
-        input=stdin,
-        capture_output=True,
-        text=True,
-    )
+    done = call(SMALL + MAIN, *arguments, stdin=stdin)
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -38,6 +44,10 @@ def test_quantize_inspect_generate_chat_and_eval(tmp_path: Path) -> None:
     text.write_text("It was a bright cold day in April. " * 20)
     out = tmp_path / "four bits"
 
+    pulled = tmp_path / "pulled"
+    write_gguf(tmp_path / "a.gguf", tiny_model("llama"))
+    kbit("pull", tmp_path / "a.gguf", "-o", pulled, "--cache-dir", tmp_path / "cache")
+    assert (pulled / "model.safetensors").exists()
     kbit("quantize", model, "--bits", 4, "-o", out)
     kbit("verify", out)
     assert json.loads(kbit("inspect", out, "--json"))["bits_per_param"] < 16
@@ -51,13 +61,44 @@ def test_quantize_inspect_generate_chat_and_eval(tmp_path: Path) -> None:
     assert "pip install 'kbit[torch]'" in kbit("doctor")
 
 
-def test_a_missing_extra_is_named(tmp_path: Path) -> None:
-    model = write_model(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", SMALL, "generate", model, "-p", "a", "--backend", "torch"],
-        capture_output=True,
-        text=True,
-    )
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (("generate", "MODEL", "-p", "a", "--backend", "torch"), "kbit[torch]"),
+        (("generate", "MODEL", "-p", "a", "--device", "cuda"), "kbit[torch]"),
+        (("eval", "MODEL", "--text", "TEXT", "--backend", "torch"), "kbit[torch]"),
+        (("tune",), "kbit[gpu]"),
+        (("fit", "STUDY"), "kbit[study]"),
+        (("plot", "STUDY"), "kbit[study]"),
+        (("report", "STUDY"), "kbit[study]"),
+        (
+            ("family", "train", "--preset", "pocket", "--text", "TEXT", "--out", "OUT"),
+            "kbit[torch]",
+        ),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_a_missing_extra_is_named(tmp_path: Path, command: tuple[str, ...], extra: str) -> None:
+    text, study = tmp_path / "text.txt", tmp_path / "study.toml"
+    text.write_text("It was a bright cold day in April. " * 20)
+    study.write_text("")
+    places = {"TEXT": text, "STUDY": study, "OUT": tmp_path / "out"}
+    if "MODEL" in command:
+        places["MODEL"] = write_model(tmp_path / "model")
+    done = call(SMALL + MAIN, *(places.get(word, word) for word in command))
+    assert done.returncode == 2, done.stdout
+    assert extra in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_doctor_says_what_a_missing_library_costs(tmp_path: Path) -> None:
+    done = call(SMALL + NO_LIBRARY + MAIN, "doctor")
+    assert done.returncode == 0, done.stderr
+    assert "the native CPU library is not built" in done.stdout
+    assert "many times slower" in done.stdout
+    assert "nothing here can run a model" in done.stdout
+    model = write_model(tmp_path / "model")
+    done = call(SMALL + NO_LIBRARY + MAIN, "generate", model, "-p", "a")
     assert done.returncode == 2
-    assert "kbit[torch]" in done.stderr
+    assert "the native CPU library is not built" in done.stderr
     assert done.stderr.count("\n") == 1

@@ -277,6 +277,7 @@ def test_refusals_name_what_is_wrong(tiny_model: Callable[[str], Tiny]) -> None:
         ({"arithmetic": "exact"}, "arithmetic 'exact' is not known"),
         ({"isa": "sse9"}, "isa 'sse9' is not known"),
         ({"threads": 0}, "threads is 0"),
+        ({"threads": 100_000}, "threads is 100000, but has to be from 1 to 1024"),
     ):
         with pytest.raises(KbitError, match=words):
             native(base, **options)

@@ -9,7 +9,7 @@ import pytest
 
 import kbit
 import kbit_kernels
-from kbit.checkpoint.reader import open_checkpoint
+from kbit.checkpoint.reader import Checkpoint, open_checkpoint
 from kbit.checkpoint.verify import verify_checkpoint
 from kbit.checkpoint.writer import plan_layout
 from kbit.quantize import api, pipeline
@@ -29,6 +29,21 @@ def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several pieces even of tiny tensors, ragged ones too."""
     monkeypatch.setattr(pipeline, "_MIN_PIECE_ELEMENTS", 400)
     monkeypatch.setattr(pipeline, "_MAX_PIECE_ELEMENTS", 400)
+
+
+@pytest.mark.usefixtures("small_pieces")
+def test_a_tensor_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file whose data lies misaligned gives a copy of the whole tensor each time."""
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+
+    def counted(checkpoint: Checkpoint, name: str) -> Any:
+        read.append(name)
+        return tensor(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", counted)
+    kbit.quantize(write_llama(tmp_path / "model"), tmp_path / "out", spec="int4-b64", threads=3)
+    assert len(read) == len(set(read))
 
 
 @pytest.mark.usefixtures("small_pieces")
