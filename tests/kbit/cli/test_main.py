@@ -101,7 +101,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "out.bin"), "out.bin: No space left", 2),
         (MemoryError(), "not enough memory", 2),
         (RuntimeError("odd"), "inside kbit (RuntimeError: odd)", 2),
-        (KeyboardInterrupt(), "", 130),
+        (KeyboardInterrupt(), "kbit: interrupted", 2),
     ],
 )
 def test_every_error_has_a_sentence(
