@@ -103,8 +103,7 @@ def answer(path: str) -> dict[str, Any]:
 
     model = kbit.load(path, arithmetic="fast")  # as `kbit chat` does
     messages = [{"role": "user", "content": QUESTION}]
-    # greedy, a model this small repeats itself without a penalty
-    said = model.chat(messages, max_tokens=64, repetition_penalty=1.1)
+    said = model.chat(messages, max_tokens=64, repetition_penalty=1.1)  # that command's default
     # The longest of a few short runs is the machine's, not that of what else it does.
     speeds = [
         model.chat(messages, max_tokens=48, ignore_eos=True).timings.decode_tokens_per_second
