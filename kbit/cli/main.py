@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -136,6 +137,8 @@ def main(arguments: list[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal without the model's letters shows "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         typer.main.get_command(app)(args=arguments, prog_name="kbit")
     except (KeyboardInterrupt, Interrupted):

@@ -117,6 +117,18 @@ def test_every_error_has_a_sentence(
     assert "Traceback" not in ran.err
 
 
+def test_letters_that_the_terminal_lacks(speaker: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kbit", "eval", str(speaker), "--text", "-"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        input="It was a bright cold day in April. " * 40,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "? one standard error" in done.stdout
+
+
 def test_a_closed_pipe_is_no_error(speaker: Path) -> None:
     # The reader is gone before the first word.
     read, write = os.pipe()
