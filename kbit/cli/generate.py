@@ -35,6 +35,7 @@ def generate(
             "-f",
             "--file",
             help="A file that is a prompt, without its last line break; may be repeated.",
+            metavar="FILE",
             show_default="none",
         ),
     ] = None,

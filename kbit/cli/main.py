@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from importlib.util import find_spec
+from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
@@ -32,6 +33,10 @@ COMMANDS = {
 ENTRY_POINTS = "kbit.commands"  # the group in which other packages (the study) add theirs
 
 
+class Interrupted(Exception):  # noqa: N818 (no error)
+    """Ctrl-C."""
+
+
 class LazyGroup(TyperGroup):
     """A group whose commands are imported on use."""
 
@@ -45,6 +50,12 @@ class LazyGroup(TyperGroup):
         module, _, name = target.partition(":")
         found = getattr(import_module(module), name)
         return _command(cmd_name, found)
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would end the process without a word
+            raise Interrupted from None
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         targets = {**COMMANDS, **dict(sorted(_added().items()))}
@@ -60,6 +71,9 @@ def _command(name: str, found: Callable[..., Any] | typer.Typer) -> Any:
         found = app
     command = typer.main.get_command(found)
     command.name = name
+    for param in command.params:
+        if getattr(param, "is_flag", False) and param.default is False:
+            param.show_default = "off"  # which typer leaves unsaid
     return command
 
 
@@ -120,14 +134,18 @@ def kbit(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 2 for what the user can mend, 130 for Ctrl-C."""
+    """Run the command line and exit: 0 done, 2 otherwise, after one sentence that says why."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
     arguments = [a for a in arguments if a != "--debug"]
+    if isinstance(sys.stdout, TextIOWrapper):  # a terminal without the model's letters shows "?"
+        sys.stdout.reconfigure(errors="replace")
     try:
         typer.main.get_command(app)(args=arguments, prog_name="kbit")
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
+    except (KeyboardInterrupt, Interrupted):
+        if sys.stderr.isatty():
+            print(file=sys.stderr)  # leaves the line that the terminal ended in ^C
+        _fail("interrupted", 2)
     except Exception as error:
         if debug:
             raise

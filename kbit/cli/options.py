@@ -101,14 +101,15 @@ def read_text(path: Path) -> str:
     """A file's text ("-" is standard input), UTF-8; KbitError where it is none."""
     from kbit.errors import KbitError
 
+    where = "standard input" if str(path) == "-" else path
     try:
         data = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
     except OSError as error:
-        raise KbitError(f"{path}: cannot be read ({error.strerror})") from None
+        raise KbitError(f"{where}: cannot be read ({error.strerror})") from None
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise KbitError(f"{path}: is no UTF-8 text (byte {error.start})") from None
+        raise KbitError(f"{where}: is no UTF-8 text (byte {error.start})") from None
 
 
 def load_model(

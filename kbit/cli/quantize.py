@@ -125,9 +125,11 @@ def _block(text: str | None) -> int | None:
 
 def _summary(result: QuantizeResult) -> str:
     kept = ", ".join(f"{count} {role}" for role, count in result.kept_roles.items())
+    specs = list(result.quantized_specs.items())
+    told = specs[0][0] if len(specs) == 1 else ", ".join(f"{n} {spec}" for spec, n in specs)
     lines = [
         f"{result.path}",
-        f"  {result.quantized_tensors} tensors quantized ({result.spec}, {result.method}), "
+        f"  {result.quantized_tensors} tensors quantized ({told or 'none'}; {result.method}), "
         f"{result.kept_tensors} kept as they were ({kept or 'none'}; "
         f"{result.kept_bytes / 1e6:.2f} MB)",
         f"  {result.source_bytes / 1e6:.2f} MB -> {result.bytes / 1e6:.2f} MB "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import import_module
 from inspect import signature
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,6 +18,8 @@ from kbit_kernels.tensor import QuantizedTensor
 class Weights(Protocol):
     """The part of a checkpoint (kbit.checkpoint.reader.Checkpoint) that an executor reads."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def config(self) -> dict[str, Any]: ...
     def names(self) -> list[str]: ...

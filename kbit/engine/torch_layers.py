@@ -50,8 +50,8 @@ class Loader:
         expected = info.shape[::-1] if flipped else info.shape
         if tuple(tensor.shape) != expected:
             raise KbitError(
-                f"tensor {name} has the shape {list(tensor.shape)}, but config.json asks for "
-                f"{list(expected)}"
+                f"{self._checkpoint.path}: tensor {name} has the shape {list(tensor.shape)}, but "
+                f"config.json asks for {list(expected)}"
             )
         if info.transposed and not isinstance(tensor, QuantizedTensor):
             return tensor.T

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 from kbit.errors import KbitError
@@ -37,6 +38,8 @@ Builder = Callable[[Config, Names], Decoder]
 class Readable(Protocol):
     """The part of a checkpoint that a description needs."""
 
+    @property
+    def path(self) -> Path: ...
     @property
     def config(self) -> dict[str, Any]: ...
     def names(self) -> list[str]: ...
@@ -110,6 +113,10 @@ def _build(architecture: Architecture, values: Mapping[str, Any], names: Names) 
     return decoder
 
 
-def describe_checkpoint(checkpoint: Readable) -> Decoder:
-    """`describe` with the checkpoint's own names: the way that quantizer and executors use."""
-    return describe(checkpoint.config, checkpoint.names())
+def describe_checkpoint(checkpoint: Readable, names: Collection[str] | None = None) -> Decoder:
+    """`describe` with the checkpoint's own names, or these, and its path in the errors: the way
+    that quantizer and executors use."""
+    try:
+        return describe(checkpoint.config, checkpoint.names() if names is None else names)
+    except KbitError as error:
+        raise KbitError(f"{checkpoint.path}: {error}") from None

@@ -62,6 +62,7 @@ class QuantizeResult:
     bytes: int
     bits_per_param: float
     quantized_tensors: int
+    quantized_specs: dict[str, int]  # spec -> tensors stored in it
     kept_tensors: int
     kept_roles: dict[str, int]  # role (norm, bias, ...) -> tensors kept as they were
     kept_bytes: int
@@ -238,6 +239,7 @@ def _result(
     sizes = {task.name: written.nbytes(task.name) for task in plan.tasks}
     parameters = sum(task.parameters for task in plan.tasks)
     kept = [task for task in plan.tasks if task.spec is None]
+    specs = Counter(str(task.spec) for task in plan.tasks if task.spec is not None)
     total = sum(sizes.values())
     return QuantizeResult(
         path=target,
@@ -247,7 +249,8 @@ def _result(
         source_bytes=plan.source_bytes,
         bytes=total,
         bits_per_param=8.0 * total / max(parameters, 1),
-        quantized_tensors=len(plan.tasks) - len(kept),
+        quantized_tensors=specs.total(),
+        quantized_specs=dict(specs.most_common()),
         kept_tensors=len(kept),
         kept_roles=dict(Counter(task.role for task in kept)),
         kept_bytes=sum(sizes[task.name] for task in kept),

@@ -97,7 +97,7 @@ def make_plan(
         )
     names = source.names()
     duplicate = _duplicate_head(source)
-    decoder = describe(source.config, [name for name in names if name != duplicate])
+    decoder = describe_checkpoint(source, [name for name in names if name != duplicate])
     for name, info in decoder.tensors.items():
         if source.shape(name) != info.shape:
             raise KbitError(
@@ -132,9 +132,9 @@ def make_plan(
 def _duplicate_head(source: Checkpoint) -> str | None:
     """A tied head that the source stores all the same, byte for byte the embedding: left out, so
     that tied stays tied."""
+    decoder = describe_checkpoint(source)
     if not describe(source.config).tied:
         return None
-    decoder = describe_checkpoint(source)
     head, embedding = decoder.head.weight, decoder.embedding
     if decoder.tied or source.shape(head) != source.shape(embedding):
         return None

@@ -132,6 +132,7 @@ class Treated:
     def __init__(self, source: Source, quantized: Mapping[str, QuantizedTensor]) -> None:
         self._source = source
         self._quantized = quantized
+        self.path = source.checkpoint.path
         self.config: dict[str, Any] = source.checkpoint.config
 
     def names(self) -> list[str]:

@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from .train import Progress
 
 family = typer.Typer(
-    help="Train a small model family.", no_args_is_help=True, rich_markup_mode=None
+    help="Train a small model family.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
 )
 
 

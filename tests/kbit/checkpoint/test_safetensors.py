@@ -80,7 +80,7 @@ def _entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict
 
 GOOD = {"t": _entry()}
 DAMAGED = {
-    "empty file": (b"", "truncated"),
+    "empty file": (b"", "is empty"),
     "half a length": (b"\x01\x00", "truncated"),
     "header longer than the file": (_file(GOOD, bytes(8), 1000), "truncated"),
     "header length of 2^63": (_file(GOOD, bytes(8), 1 << 63), "truncated"),

@@ -101,7 +101,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (OSError(28, "No space left on device", "out.bin"), "out.bin: No space left", 2),
         (MemoryError(), "not enough memory", 2),
         (RuntimeError("odd"), "inside kbit (RuntimeError: odd)", 2),
-        (KeyboardInterrupt(), "", 130),
+        (KeyboardInterrupt(), "kbit: interrupted", 2),
     ],
 )
 def test_every_error_has_a_sentence(
@@ -115,6 +115,18 @@ def test_every_error_has_a_sentence(
     assert ran.status == status
     assert told in ran.err
     assert "Traceback" not in ran.err
+
+
+def test_letters_that_the_terminal_lacks(speaker: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kbit", "eval", str(speaker), "--text", "-"],
+        env={**os.environ, "PYTHONIOENCODING": "ascii"},
+        input="It was a bright cold day in April. " * 40,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "? one standard error" in done.stdout
 
 
 def test_a_closed_pipe_is_no_error(speaker: Path) -> None:

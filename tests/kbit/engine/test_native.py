@@ -55,7 +55,7 @@ class Changed:
     def __init__(self, base: Checkpoint, change: Callable[[str, np.ndarray], Any]) -> None:
         self._base = base
         self._change = change
-        self.config = base.config
+        self.path, self.config = base.path, base.config
 
     def names(self) -> list[str]:
         return self._base.names()

@@ -228,7 +228,7 @@ def test_a_tensor_of_the_wrong_shape_is_named(tiny_model: Callable[[str], Tiny])
     class Wrong:
         def __init__(self) -> None:
             self._base = open_checkpoint(tiny_model("llama").path)
-            self.config = self._base.config
+            self.path, self.config = self._base.path, self._base.config
 
         def names(self) -> list[str]:
             return self._base.names()

@@ -101,7 +101,7 @@ class Mixed:
 
     def __init__(self, base: Checkpoint, spec: str, step: int, plain: bool) -> None:
         self._base = base
-        self.config = base.config
+        self.path, self.config = base.path, base.config
         decoder = describe_checkpoint(base)
         matrices = [
             i for i in decoder.tensors.values() if i.role in ("linear", "embedding", "head")

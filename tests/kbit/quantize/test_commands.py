@@ -34,7 +34,7 @@ def test_quantize_inspect_verify(model: Path, capsys: pytest.CaptureFixture[str]
     assert _run("quantize", str(model), "--bits", "3", "--block", "32") == 0
     out = capsys.readouterr().out
     assert str(model.parent / "my model-nf3-b32") in out
-    assert "15 tensors quantized (nf3-b32, rtn), 5 kept as they were (5 norm" in out
+    assert "15 tensors quantized (nf3-b32; rtn), 5 kept as they were (5 norm" in out
     assert "bits per parameter" in out
     assert "peak memory" in out
 
