@@ -77,22 +77,34 @@ class _Writer:
         return "{\n" + "\n".join(body) + "\n}"
 
 
-def _slot_mask(scheme: Scheme, planes: int) -> str:
-    """Bits that the `planes` widest fields of merged codes fill, in every slot of both halves."""
-    one = 0
-    for part in scheme.fields[0][:planes]:
-        one |= ((1 << part.width) - 1) << (part.offset + scheme.base)
-    return twice(sum(one << bit for bit in range(0, 16, scheme.slot)))
+def _every(pattern: int, step: int) -> str:
+    """A pattern of `step` bits, repeated over a register."""
+    return twice(sum(pattern << bit for bit in range(0, 16, step)))
 
 
 def _merge(writer: _Writer, scheme: Scheme, group: int, words: list[str]) -> str:
-    """The codes of a group, each at `scheme.base` of its slot; other bits of a slot are garbage."""
-    fields = scheme.fields[group * (16 // scheme.slot)]  # of slot 0
-    merged = ""
-    for plane, part in enumerate(fields):
-        aligned = writer.shift(words[part.chunk], part.bit - part.offset - scheme.base)
-        merged = writer.select(_slot_mask(scheme, plane), merged, aligned) if plane else aligned
-    return merged
+    """The codes of a group, each at `scheme.base` of its slot; other bits of a slot are garbage.
+
+    The narrower planes of two groups lie in the two halves of a slot: those of 4 + 2 + 1 bits are
+    merged for both at once, in their halves.
+    """
+    wide, *narrow = scheme.fields[group * (16 // scheme.slot)]  # of slot 0
+    aligned = writer.shift(words[wide.chunk], wide.bit - wide.offset - scheme.base)
+    if not narrow:
+        return aligned
+    half = scheme.slot // 2
+    merged, taken, move = "", 0, 0
+    for part in narrow:
+        target = part.offset + scheme.base
+        move = part.bit // half * half - target // half * half
+        within = part.bit % half - target % half
+        if len(narrow) == 1:
+            within, move = within + move, 0
+        word = writer.shift(words[part.chunk], within)
+        merged = writer.select(_every(taken, half), merged, word) if taken else word
+        taken |= ((1 << part.width) - 1) << target % half
+    ones = ((1 << wide.width) - 1) << (wide.offset + scheme.base)
+    return writer.select(_every(ones, scheme.slot), aligned, writer.shift(merged, move))
 
 
 def _subtract(writer: _Writer, value: str, constant: float, dtype: str) -> str:
@@ -208,22 +220,16 @@ def _register_table(
     return _nibble_lookup(writer, merged, scheme.bits == 4, low, high)
 
 
-def _shared_table(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list[str]:
-    """Lookups in shared memory: one byte permute puts a left-aligned code into the table's address,
-    which is a multiple of 256; only 8-bit codes have to be multiplied by the size of an entry."""
-    if scheme.bits < 8:
-        merged = writer.and_(merged, _slot_mask(scheme, len(scheme.planes)))
+def _shared_table(writer: _Writer, merged: str, address: str) -> list[str]:
+    """Lookups in shared memory. A dot product of bytes takes a code out of its register, multiplies
+    it by the 128 bytes of an entry and adds the lane's address; each lane reads its own bank."""
     results = []
     for low in (0, 1):
         found = []
         for byte in (low, low + 2):
-            if scheme.bits < 8:
-                place = writer.emit("prmt.b32", merged, address, f"0x765{byte}")
-            else:
-                index = writer.emit("bfe.u32", merged, str(8 * byte), "8")
-                place = writer.emit("mad.lo.u32", index, "4", address)
-            load = "ld.shared.u16" if scheme.bits == 7 else "ld.shared.b32"
-            found.append(writer.emit(load, f"[{place}]"))
+            select = writer.constant(f"0x{128 << 8 * byte:08x}")
+            place = writer.emit("dp4a.u32.u32", merged, select, address)
+            found.append(writer.emit("ld.shared.b32", f"[{place}]"))
         results.append(writer.emit("prmt.b32", *found, "0x5410"))
     return results
 
@@ -261,16 +267,17 @@ def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
         elif scheme.bits <= REGISTER_TABLE_BITS:
             results += _register_table(writer, scheme, merged, low, high)
         else:
-            results += _shared_table(writer, scheme, merged, table[0])
+            results += _shared_table(writer, merged, table[0])
     inputs = scheme.chunks + 2 * len(table)
     constraints = ["=r"] * scheme.outputs + ["r"] * inputs
     return writer.text(results), ",".join(constraints)
 
 
 # Copies a table into shared memory once per program and returns its address: `$1` points to 256
-# 4-byte entries. A .shared variable of an inline block lives as long as the kernel.
+# 4-byte entries, each of which is stored once for every lane, so that 32 lanes with different codes
+# read 32 banks. A .shared variable of an inline block lives as long as the kernel.
 SHARED_TABLE_PTX = """{
-.shared .align 256 .b32 kbit_table[256];
+.shared .align 128 .b32 kbit_table[8192];
 .reg .b32 i, n, v, s;
 .reg .b64 a, o;
 .reg .pred p;
@@ -278,13 +285,14 @@ mov.u32 i, %tid.x;
 mov.u32 n, %ntid.x;
 mov.u32 $0, kbit_table;
 FILL:
-mul.wide.u32 o, i, 4;
+shr.u32 s, i, 3;
+mul.wide.u32 o, s, 4;
 add.u64 a, $1, o;
 ld.global.nc.b32 v, [a];
-mad.lo.u32 s, i, 4, $0;
-st.shared.b32 [s], v;
+mad.lo.u32 s, i, 16, $0;
+st.shared.v4.b32 [s], {v, v, v, v};
 add.u32 i, i, n;
-setp.lt.u32 p, i, 256;
+setp.lt.u32 p, i, 2048;
 @p bra FILL;
 bar.sync 0;
 }"""
@@ -300,17 +308,11 @@ def table_words(values: np.ndarray, scheme: Scheme, dtype: str) -> np.ndarray:
 
     For registers `[words, 32 lanes]`, every lane the same: the halves' low bytes, then their high
     bytes. (Loaded by lane, they stay out of the uniform registers, which byte permutes cannot
-    read.) For shared memory `[256]`: the entry of a code at byte `code << (8 - k)`, the half twice
-    (7 bits: once); for 8 bits at byte `4 * code`.
+    read.) For shared memory `[256]`: the half of a byte twice, whose top k bits are its code.
     """
     halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16)
     if scheme.bits <= REGISTER_TABLE_BITS:
         low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
         return np.concatenate([low.view("<i4"), high.view("<i4")])[:, None].repeat(32, axis=1)
-    words = np.zeros(256, dtype=np.uint32)
-    if scheme.bits == 7:
-        words[:64] = halves.view("<u4")
-    else:
-        step = 2 if scheme.bits == 5 else 1
-        words[: step * halves.size : step] = halves.astype(np.uint32) * 0x10001
+    words = (halves.astype(np.uint32) * 0x10001).repeat(256 // halves.size)
     return words.view(np.int32)

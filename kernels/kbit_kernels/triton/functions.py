@@ -108,11 +108,10 @@ def table(table_ptr, BITS: tl.constexpr, KIND: tl.constexpr, FILL: tl.constexpr)
             for i in tl.static_range(max(2, (1 << BITS) // 2)):
                 registers = registers + (tl.load(table_ptr + i * 32 + lane),)
         else:
-            registers = (
-                tl.inline_asm_elementwise(
-                    FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-                ),
+            address = tl.inline_asm_elementwise(
+                FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
             )
+            registers = (address + tl.arange(0, 32)[None, None, :, None] * 4,)
     return registers
 
 

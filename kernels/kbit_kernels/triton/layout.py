@@ -10,19 +10,20 @@ in which bit fields of several columns lie (below). That is the left operand of 
 instruction m16n8k16, so the words are decoded where they arrive: no shared memory, no shuffle.
 
 A k-bit code is cut into fields of width 8, 4, 2, 1 (`planes`), the widest field holding the *low*
-bits (the high bits for tables in shared memory, whose codes are byte addresses, left-aligned): then
-part of the groups need no shift. The narrowest field has width f, so a word of that plane
-holds 16/f codes: 16/f *outputs* j, each a 16 x 16 operand. The tile is f sub-tiles of 256/f
-columns, and in a sub-tile output j of lane t, word column i is the column
+bits (the high bits where codes are left-aligned in their slots): then part of the groups need no
+shift. The narrowest field has width f, so a word of that plane holds 16/f codes: 16/f *outputs* j,
+each a 16 x 16 operand. The tile is f sub-tiles of 256/f columns, and in a sub-tile output j of lane
+t, word column i is the column
 
     span 2 (blocks of 32 and more):  32 * (j // 2) + 8 * t + 4 * (j % 2) + i
     span 1 (blocks of 16):           16 * j        + 4 * t               + i
 
 so that the activations of two outputs are one 128-bit load. Within a word, codes lie in slots of
 s = 2, 4 or 8 bits (the smallest that holds k), 16/s slots a word; output j is slot `j % (16/s)` of
-group `j // (16/s)`. In the plane of width w a word has room for s/w groups: the field of group `u`
-(modulo s/w) and slot `i` lies at bit `i * s + u * w`, and every s/w groups begin the next chunk.
-The chunks of a sub-tile follow each other, widest plane first.
+group `j // (16/s)`. In the plane of width w a word has room for s/w groups, and every s/w groups
+begin the next chunk. Two groups share the halves of a slot: where one has its widest field in the
+lower half, the other has its narrower fields there, so that one merge of the narrower planes serves
+both (`Scheme.fields`). The chunks of a sub-tile follow each other, widest plane first.
 """
 
 from dataclasses import dataclass
@@ -112,14 +113,18 @@ class Scheme:
     def fields(self) -> tuple[tuple[Field, ...], ...]:
         """Per output, its field in each plane, widest plane first."""
         slots = 16 // self.slot
+        half = self.slot // 2
         result = []
         for output in range(self.outputs):
             group, slot = divmod(output, slots)
             row, first_chunk, low = [], 0, 0
-            for width in self.planes:
-                chunk, unit = divmod(group, self.slot // width)
-                bit = slot * self.slot + unit * width
-                offset = self.bits - low - width if self.in_shared_memory else low
+            for plane, width in enumerate(self.planes):
+                chunk, place = divmod(group, self.slot // width)
+                unit, upper = divmod(place, 2)
+                # the first group of two has its fields where a merged code has them
+                upper ^= (plane > 0) ^ (self.base > 0)
+                bit = slot * self.slot + (unit * width + half * upper if width < self.slot else 0)
+                offset = self.bits - low - width if self.base else low
                 row.append(Field(first_chunk + chunk, bit, width, offset))
                 first_chunk += width // self.subtiles
                 low += width

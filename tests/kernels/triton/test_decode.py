@@ -52,8 +52,10 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
         if scheme.kind == "table":
             table = decode.table_words(values, scheme, half).view(np.uint32)
             if scheme.in_shared_memory:
-                shared, table = table, np.zeros(1, np.uint32)
-            inputs += [np.full(128, row.flat[0], np.uint32) for row in table for _ in range(2)]
+                shared = table.repeat(32)
+                inputs += [np.arange(128, dtype=np.uint32) // 4 * 4] * 2  # each lane's own copy
+            else:
+                inputs += [np.full(128, row.flat[0], np.uint32) for row in table for _ in range(2)]
         assert constraints.count("r") == scheme.outputs + len(inputs)
         for output, result in enumerate(ptx.run(text, inputs, scheme.outputs, shared)):
             halves = result.view(np.uint16).view(decode.HALF_DTYPES[half]).astype(np.float64)

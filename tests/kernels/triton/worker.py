@@ -24,7 +24,7 @@ from kbit_kernels.triton.configs import Config
 from kbit_kernels.triton.layout import kind_of
 from tests.kernels.triton import ptx
 
-_shared = np.zeros(256, dtype=np.uint32)
+_shared = np.zeros(8192, dtype=np.uint32)
 _executed = 0  # PTX blocks, so that a test of the PTX path cannot pass without running any
 
 
@@ -50,7 +50,8 @@ def _inline_asm(
     _executed += 1
     if "kbit_table" in text:  # fills the table; only the address is a result
         address = int(np.asarray(handles[0].data).reshape(-1)[0])
-        _shared[:] = np.ctypeslib.as_array((ctypes.c_uint32 * 256).from_address(address))
+        entries = np.ctypeslib.as_array((ctypes.c_uint32 * 256).from_address(address))
+        _shared[:] = entries.repeat(32)  # one for every lane
         return _Results(
             [interpreter.TensorHandle(np.zeros_like(handles[0].data, np.int32), types[0].scalar)]
         )
