@@ -55,7 +55,7 @@ def most_rows(spec: QuantSpec) -> int:
     """Rows of x that a program may hold: with 16 outputs looked up in shared memory at once,
     registers spill at 64."""
     scheme = scheme_of(spec)
-    return 32 if scheme.in_shared_memory and scheme.outputs == 16 else 64
+    return 32 if scheme.kind == "table" and scheme.outputs == 16 else 64
 
 
 def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:

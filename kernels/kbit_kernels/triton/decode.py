@@ -1,7 +1,8 @@
 """From words to halves: the PTX of one decoding step, written out from a `Scheme`.
 
 Every step takes the chunks of a sub-tile, two 16-bit words in a 32-bit register, and gives one
-half2 per output: both halves are computed alike, so the step is elementwise on words. Integers are
+half2 per output: both halves are computed alike, so the step is elementwise on words (on pairs of
+words where codes are looked up in twos). Integers are
 decoded by the magic number: a code OR-ed into the mantissa of 2^m (m mantissa bits: 1024.0 in fp16,
 128.0 in bf16) is 2^m + code; p bits higher up, into that of 2^(m-p), it is 2^(m-p) + code. One
 subtraction, exact, gives the value. `functions._decode_plain` says the same in Triton, for the
@@ -15,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kbit_kernels.triton.layout import REGISTER_TABLE_BITS, Scheme
+from kbit_kernels.triton.layout import Scheme
 
 HALF_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 MANTISSA_BITS = {"fp16": 10, "bf16": 7}
@@ -83,12 +84,12 @@ def _every(pattern: int, step: int) -> str:
 
 
 def _merge(writer: _Writer, scheme: Scheme, group: int, words: list[str]) -> str:
-    """The codes of a group, each at `scheme.base` of its slot; other bits of a slot are garbage.
+    """The units of a group, each at `scheme.base` of its slot; other bits of a slot are garbage.
 
     The narrower planes of two groups lie in the two halves of a slot: those of 4 + 2 + 1 bits are
     merged for both at once, in their halves.
     """
-    wide, *narrow = scheme.fields[group * (16 // scheme.slot)]  # of slot 0
+    wide, *narrow = scheme.fields[group * scheme.slots]  # of slot 0
     aligned = writer.shift(words[wide.chunk], wide.bit - wide.offset - scheme.base)
     if not narrow:
         return aligned
@@ -171,82 +172,27 @@ def _floats(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[st
     return results
 
 
-def _nibble_lookup(
-    writer: _Writer, nibbles: str, wide: bool, low: list[str], high: list[str]
-) -> list[str]:
-    """Four outputs from the four nibbles of each half; tables are bytes in registers.
-
-    A byte permute looks four codes up in eight bytes, so 16 entries take two and a selection by the
-    codes' top bits, which the permute's sign mode spreads over a byte.
-    """
-    # bytes: nibbles 0, 1 of the low half, of the high half; then nibbles 2, 3
-    codes = writer.emit("prmt.b32", nibbles, nibbles, "0x3120")
-    index = writer.and_(codes, "0x77777777") if wide else codes
-    results = []
-    for pair in range(2):
-        selector = writer.shift(index, 16 * pair)
-
-        def lookup(table: list[str], selector: str = selector, pair: int = pair) -> str:
-            if not wide:
-                return writer.emit("prmt.b32", table[0], table[-1], selector)
-            left = writer.shift(codes, -4)
-            mask = writer.emit("prmt.b32", codes, left, "0xbfae" if pair else "0x9d8c")
-            lower = writer.emit("prmt.b32", table[0], table[1], selector)
-            upper = writer.emit("prmt.b32", table[2], table[3], selector)
-            return writer.select(mask, upper, lower)
-
-        low_bytes, high_bytes = lookup(low), lookup(high)
-        results += [
-            writer.emit("prmt.b32", low_bytes, high_bytes, "0x6240"),
-            writer.emit("prmt.b32", low_bytes, high_bytes, "0x7351"),
-        ]
-    return results
-
-
-def _register_table(
-    writer: _Writer, scheme: Scheme, merged: str, low: list[str], high: list[str]
-) -> list[str]:
-    if scheme.bits == 2:  # two nibble words: the even and the odd slots
-        even = writer.and_(merged, "0x33333333")
-        odd = writer.and_(writer.shift(merged, 2), "0x33333333")
-        pairs = zip(
-            _nibble_lookup(writer, even, False, low, high),
-            _nibble_lookup(writer, odd, False, low, high),
-            strict=True,
-        )
-        return [register for pair in pairs for register in pair]
-    if scheme.bits == 3:
-        merged = writer.and_(merged, "0x77777777")
-    return _nibble_lookup(writer, merged, scheme.bits == 4, low, high)
-
-
-def _shared_table(writer: _Writer, merged: str, address: str) -> list[str]:
-    """Lookups in shared memory. A dot product of bytes takes a code out of its register, multiplies
-    it by the 128 bytes of an entry and adds the lane's address; each lane reads its own bank."""
-    results = []
-    for low in (0, 1):
-        found = []
-        for byte in (low, low + 2):
-            select = writer.constant(f"0x{128 << 8 * byte:08x}")
-            place = writer.emit("dp4a.u32.u32", merged, select, address)
-            found.append(writer.emit("ld.shared.b32", f"[{place}]"))
-        results.append(writer.emit("prmt.b32", *found, "0x5410"))
-    return results
-
-
-def table_registers(scheme: Scheme) -> int:
-    """32-bit arguments that the table takes: registers of bytes, or one shared-memory address."""
-    if scheme.kind != "table":
-        return 0
-    return {2: 2, 3: 4, 4: 8}.get(scheme.bits, 1)
+def _lookups(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list[str]:
+    """The table's entries for the bytes of a register. A dot product of bytes takes one out,
+    multiplies it by the 128 bytes of an entry and adds the lane's address: each lane reads its own
+    bank. An entry is a half twice, of which one is taken, or the halves of two codes."""
+    found = []
+    for byte in range(4):
+        select = writer.constant(f"0x{128 << 8 * byte:08x}")
+        place = writer.emit("dp4a.u32.u32", merged, select, address)
+        found.append(writer.emit("ld.shared.b32", f"[{place}]"))
+    if scheme.paired:
+        return found
+    return [writer.emit("prmt.b32", found[slot], found[slot + 2], "0x5410") for slot in (0, 1)]
 
 
 @lru_cache(maxsize=256)
 def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
     """The PTX of one step and its constraints.
 
-    Operands: one result per output; one register of two words per chunk; then `table_registers`
-    arguments, each twice (Triton passes 32-bit arguments once per word of the pair).
+    Operands: one result per output; one register of two words per chunk; then, for tables, the
+    lane's address in shared memory, twice (Triton passes 32-bit arguments once per word of the
+    pair).
 
     Args:
         scheme: layout and kind.
@@ -254,21 +200,17 @@ def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
     """
     writer = _Writer()
     words = [f"${scheme.outputs + chunk}" for chunk in range(scheme.chunks)]
-    first = scheme.outputs + scheme.chunks
-    table = [f"${first + 2 * i}" for i in range(table_registers(scheme))]
-    low, high = table[: len(table) // 2], table[len(table) // 2 :]
+    address = f"${scheme.outputs + scheme.chunks}"
     results: list[str] = []
-    for group in range(scheme.outputs * scheme.slot // 16):
+    for group in range(scheme.outputs // scheme.slots):
         merged = _merge(writer, scheme, group, words)
-        if scheme.kind in ("int", "uint"):
-            results += _integers(writer, scheme, merged, dtype)
+        if scheme.kind == "table":
+            results += _lookups(writer, scheme, merged, address)
         elif scheme.kind == "fp":
             results += _floats(writer, scheme, merged, dtype)
-        elif scheme.bits <= REGISTER_TABLE_BITS:
-            results += _register_table(writer, scheme, merged, low, high)
         else:
-            results += _shared_table(writer, merged, table[0])
-    inputs = scheme.chunks + 2 * len(table)
+            results += _integers(writer, scheme, merged, dtype)
+    inputs = scheme.chunks + (2 if scheme.kind == "table" else 0)
     constraints = ["=r"] * scheme.outputs + ["r"] * inputs
     return writer.text(results), ",".join(constraints)
 
@@ -304,15 +246,15 @@ SUBTRACT_PTX = {
 
 
 def table_words(values: np.ndarray, scheme: Scheme, dtype: str) -> np.ndarray:
-    """The codebook fp32 `[2^k]` as int32 words for `decode_ptx`.
-
-    For registers `[words, 32 lanes]`, every lane the same: the halves' low bytes, then their high
-    bytes. (Loaded by lane, they stay out of the uniform registers, which byte permutes cannot
-    read.) For shared memory `[256]`: the half of a byte twice, whose top k bits are its code.
-    """
-    halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16)
-    if scheme.bits <= REGISTER_TABLE_BITS:
-        low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
-        return np.concatenate([low.view("<i4"), high.view("<i4")])[:, None].repeat(32, axis=1)
-    words = (halves.astype(np.uint32) * 0x10001).repeat(256 // halves.size)
+    """The codebook fp32 `[2^k]` as the int32 `[256]` that `decode_ptx` looks up: for every byte,
+    whatever its garbage bits, the half of its code twice, or the halves of its two codes."""
+    halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16).astype(np.uint32)
+    units = np.arange(256) >> scheme.base
+    low, high = np.zeros_like(units), np.zeros_like(units)
+    for part in scheme.fields[0]:
+        width, offset = part.width // scheme.unit, part.offset // scheme.unit
+        bits = (units >> part.offset) & ((1 << part.width) - 1)
+        low |= (bits & ((1 << width) - 1)) << offset
+        high |= bits >> (part.width - width) << offset
+    words: np.ndarray = halves[low] | halves[high] << np.uint32(16)
     return words.view(np.int32)

@@ -37,7 +37,7 @@ class DeviceTensor:
         scales: by `layout.tile_blocks`.
         zeros: int8, zero minus 2^(k-1), likewise; None without a zero point.
         means: likewise; None if not centered.
-        table: int32 words of the PTX table, or the codebook in `dtype` for the plain path.
+        table: int32 `[256]` for the PTX path, or the codebook in `dtype` for the plain one.
         factor: what the decoded values are multiplied by, beside the scales.
         outlier_columns: int64 `[J]`; outliers, outlier_residual: `dtype [N, J]`, the weights of
             these columns and what they exceed the decoded codes by.
@@ -117,7 +117,7 @@ def prepare(
     if plain.means is not None:
         means = blocks(plain.means)
     if scheme.kind == "table":
-        table = make_table(plain.values(), scheme, half, use_ptx, device)
+        table = make_table(plain.values(), spec, half, use_ptx, device)
     if plain.outlier_columns is not None:
         assert plain.outliers is not None
         columns = _from_numpy(plain.outlier_columns.astype(np.int64), device)
@@ -132,7 +132,7 @@ def prepare(
         zeros=zeros,
         means=means,
         table=table,
-        factor=factor_of(scheme),
+        factor=factor_of(spec),
         outlier_columns=columns,
         outliers=outliers,
         outlier_residual=residual,
@@ -141,19 +141,22 @@ def prepare(
 
 
 def make_table(
-    values: np.ndarray, scheme: Scheme, half: str, use_ptx: bool, device: torch.device | str
+    values: np.ndarray, spec: QuantSpec, half: str, use_ptx: bool, device: torch.device | str
 ) -> torch.Tensor:
     """The codebook fp32 `[2^k]` as the kernels read it."""
+    values = values / np.float32(factor_of(spec))
     if use_ptx:
-        return _from_numpy(table_words(values, scheme, half), device)
+        return _from_numpy(table_words(values, scheme_of(spec), half), device)
     return _from_numpy(values.astype(HALF_DTYPES[half]), device)
 
 
-def factor_of(scheme: Scheme) -> float:
-    """k-bit floats are decoded with the largest value 2 - 2^-m; the codebook's is 1."""
-    if scheme.kind != "fp":
+def factor_of(spec: QuantSpec) -> float:
+    """k-bit floats are decoded with the largest value 2 - 2^-m, exact in half precision; the
+    codebook's is 1."""
+    if spec.dtype != "fp":
         return 1.0
-    return 1.0 / (2.0 - 2.0 ** -(scheme.bits - 1 - scheme.exponent))
+    assert spec.exponent is not None
+    return 1.0 / (2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
 
 
 def _outlier_residual(tensor: QuantizedTensor) -> np.ndarray:

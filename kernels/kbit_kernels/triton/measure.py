@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 
+import numpy as np
 import torch
 
 from kbit_kernels.formats import codebook_of
@@ -34,10 +35,12 @@ def random_weight(
         shape = groups or (bands * 16,)
         return torch.rand(shape, device="cuda").mul_(scale).to(torch.float16)
 
-    codebook = codebook_of(spec)
     table = None
-    if scheme.kind == "table" and codebook is not None:
-        table = make_table(codebook, scheme, half, torch.version.hip is None, "cuda")
+    if scheme.kind == "table":
+        codebook = codebook_of(spec)
+        if codebook is None:  # learned ones cost the same, whatever is in them
+            codebook = np.linspace(-1, 1, 1 << spec.bits, dtype=np.float32)
+        table = make_table(codebook, kernel, half, torch.version.hip is None, "cuda")
     words = torch.empty((bands, tiles, spec.bits * CHUNK_WORDS), dtype=torch.int16, device="cuda")
     zeros = None
     if scheme.kind == "uint":
@@ -51,7 +54,7 @@ def random_weight(
         zeros=zeros,
         means=blocks(0.01) if kernel.center else None,
         table=table,
-        factor=factor_of(scheme),
+        factor=factor_of(kernel),
         outlier_columns=None,
         outliers=None,
         outlier_residual=None,
