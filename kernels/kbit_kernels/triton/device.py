@@ -235,6 +235,14 @@ def launch_warps(warps: int, amd: bool) -> int:
     return max(1, warps // 2) if amd else warps
 
 
+def launch_options(spec: QuantSpec, config: Config, amd: bool) -> dict[str, int]:
+    """Triton's options for `kernels.linear_kernel`."""
+    options = {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
+    if spec.bits == 5 and scheme_of(spec).kind == "table" and config.rows_x == 8 and not amd:
+        options["maxnreg"] = 128  # left alone, ptxas spills two of them to get by with 48
+    return options
+
+
 class Workspace:
     """Partial sums and arrival counters of split-K, one per device; counters stay at zero between
     calls, because the last program of each output sets its own back."""
@@ -308,8 +316,7 @@ def fused_linear(
         tiles,
         HAS_EXTRA=extra is not None,
         HAS_BIAS=bias is not None,
-        num_warps=launch_warps(config.warps_n * config.warps_k, torch.version.hip is not None),
-        num_stages=1,
+        **launch_options(kernel_spec(weight.spec), config, torch.version.hip is not None),
         **linear_constants(
             kernel_spec(weight.spec), DTYPE_NAMES[weight.dtype], weight.use_ptx, config, K
         ),
