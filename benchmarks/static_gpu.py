@@ -22,7 +22,7 @@ from record import RESULTS, environment
 
 N = K = 8192
 # multiprocessors, boost clock GHz, memory TB/s, warps and KB of shared memory per multiprocessor;
-# vendors' data sheets (for sm_90 the copy bandwidth that was measured on an H100, design.md section 7)
+# vendors' data sheets (for sm_90 the copy bandwidth that was measured on an H100, peers.md)
 CHIPS = {
     "sm_80": ("A100", 108, 1.41, 1.94, 64, 164),
     "sm_86": ("A10/RTX 30", 84, 1.70, 0.76, 48, 100),

@@ -20,7 +20,7 @@ from kbit_kernels.triton.decode import (
     decode_ptx,
     table_words,
 )
-from kbit_kernels.triton.layout import COLUMNS, Scheme, rearrange, scheme_of, tile_blocks
+from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
@@ -352,6 +352,13 @@ def dequantize(weight: DeviceTensor, out: torch.Tensor | None = None) -> torch.T
     return out
 
 
+def dequantized_linear(
+    x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x [M, K]` -> `[M, N]` by cuBLAS, from weights dequantized for the call."""
+    return torch.nn.functional.linear(x, dequantize(weight), bias)
+
+
 def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x [..., K] @ weights [N, K].T + bias [N]` -> `[..., N]` in x's dtype.
 
@@ -372,7 +379,7 @@ def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = No
         return x.new_zeros((*x.shape[:-1], N))
     config = choose(weight.spec, rows.shape[0], N, K, weight.device)
     if config is None:
-        result = torch.nn.functional.linear(rows, dequantize(weight), bias)
+        result = dequantized_linear(rows, weight, bias)
     else:
         result = fused_linear(rows.contiguous(), weight, config, bias)
     return result.reshape(*x.shape[:-1], N)
