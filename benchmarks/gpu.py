@@ -122,11 +122,11 @@ def gate(specs: list[str], scale: Scale) -> list[str]:
 def attention_gate(scale: Scale) -> list[str]:
     """kbit's attention kernel against torch's own in fp32, on ragged lengths."""
     import torch
-    from kbit.engine.cuda_kernels import Attend
-    from kbit.models import describe
     from torch.nn.functional import scaled_dot_product_attention
 
     from gpu_decode import LLAMA_3_8B
+    from kbit.engine.cuda_kernels import Attend
+    from kbit.models import describe
 
     attention = describe(LLAMA_3_8B).layers[0].attention
     B, capacity = 5, 600

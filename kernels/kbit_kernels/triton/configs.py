@@ -128,6 +128,15 @@ def tuned_path() -> Path:
     return Path(cache) / "kbit" / "triton-configs.json"
 
 
+def sources(gpu: str) -> dict[str, int]:
+    """Path of each table that is looked into, best first -> its configurations for class `gpu`."""
+    none: dict[str, Any] = {"entries": {}}
+    return {
+        str(path): len(_read(path)["classes"].get(gpu, none)["entries"]) if path.exists() else 0
+        for path in (tuned_path(), SHIPPED)
+    }
+
+
 def entry_key(spec: QuantSpec, rows: int, n: int, k: int) -> str:
     """The name of one entry: bits, bucket of rows, shape; data types and blocks share entries."""
     return f"k{spec.bits}-m{bucket(rows)}-{n}x{k}"

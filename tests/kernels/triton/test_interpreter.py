@@ -112,6 +112,14 @@ def test_shapes(interpreted: Run, n: int, k: int) -> None:
     check(interpreted, "int5-b64", ptx=False, n=n, k=k, config=[8, 1, 2, 2, 2])
 
 
+@pytest.mark.parametrize("spec", ["int8-b64", "uint8-row"])
+def test_offsets_beyond_32_bits(interpreted: Run, spec: str) -> None:
+    answer = interpreted(far=True, spec=spec, n=(1 << 24) + 9, m=131)
+    assert all(elements > 1 << 31 for elements in answer["elements"]), answer
+    assert answer["linear"] < 1e-3, answer
+    assert answer["dequantize"] < 4e-3, answer
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ptx", [False, True])
 @pytest.mark.parametrize("path", PATHS)
