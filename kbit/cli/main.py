@@ -143,6 +143,8 @@ def _sentence(error: Exception) -> str:
         return f"{where}{error.strerror or error}"
     if isinstance(error, MemoryError):
         return "there is not enough memory for this"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be there
+        return "the GPU has not enough memory for this; take fewer bits, a smaller batch or context"
     told = f"{type(error).__name__}: {error}".split("\n")[0]
     return f"something went wrong inside kbit ({told}); --debug shows where"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -144,7 +145,13 @@ class CudaExecutor(TorchExecutor):
                 for array in (*arena.keys, *arena.values):
                     array.zero_()
                 return self._idle.pop(i)
-        arena = TorchCache(self.decoder, rows, wanted, self._cache_dtype, self.device)
+        make = partial(TorchCache, self.decoder, rows, wanted, self._cache_dtype, self.device)
+        try:
+            arena = make()
+        except torch.OutOfMemoryError:
+            self._idle.clear()
+            torch.cuda.empty_cache()
+            arena = make()
         return arena, DecodeStep(self, arena, capture=self._capture)
 
     @torch.inference_mode()
