@@ -56,9 +56,10 @@ class Scale:
     widths: tuple[int, ...] = WIDTHS
     gate_shape: tuple[int, int] = (1040, 4096)
     copy_bytes: int = 1 << 30
+    rounds: int = 9
 
 
-DRY = Scale("cpu", ((48, 512), (32, 256)), (1, 16), (4, 3), (48, 512), 1 << 20)
+DRY = Scale("cpu", ((48, 512), (32, 256)), (1, 16), (4, 3), (48, 512), 1 << 20, 1)
 
 
 def gate(specs: list[str], scale: Scale) -> list[str]:
@@ -258,7 +259,7 @@ def sweep(
                 except Exception as problem:  # another library's, of any kind
                     failed[peer] = f"{type(problem).__name__}: {problem}"[:300]
                 spent[peer] = spent.get(peer, 0.0) + time.monotonic() - started
-            us = medians_us(timed, rounds=9)
+            us = medians_us(timed, scale.rounds)
             for spec, held in weights.items():
                 nbytes = held[0].nbytes + 2 * m * (n + k)
                 rows.append(

@@ -276,7 +276,6 @@ class Attend:
     """Attention of one new token a sequence over the cache, whatever the sequences' lengths: what
     is read follows the positions on the device, so that one captured launch serves all of them."""
 
-    block = 64  # positions at once
     most_splits = 16
 
     def __init__(self, attention: Attention, slopes: Tensor | None) -> None:
@@ -291,11 +290,13 @@ class Attend:
         a = self._attention
         (B, H, D), G, capacity = q.shape, keys.shape[1], keys.shape[2]
         rows, width = (max(16, triton.next_power_of_2(size)) for size in (H // G, D))
+        # positions at once: two stages of keys and values stay below 64 KB of shared memory
+        block = max(16, min(64, 16384 // (width * keys.element_size())))
         _, processors = gpu_class(q.device)
         splits = min(
             self.most_splits,
             power_of_two(2 * processors // (B * G)),
-            triton.next_power_of_2(triton.cdiv(capacity, self.block)),
+            triton.next_power_of_2(triton.cdiv(capacity, block)),
         )
         space = workspace(q.device)
         space.fit(B * G * splits * rows * (width + 2), B * G)
@@ -321,6 +322,8 @@ class Attend:
             SPLITS=splits,
             ROWS=rows,
             BLOCK_D=width,
-            BLOCK_S=self.block,
+            BLOCK_S=block,
+            num_warps=4,
+            num_stages=2,
         )
         return out

@@ -217,27 +217,31 @@ def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
 
 # Copies a table into shared memory once per program and returns its address: `$1` points to 256
 # 4-byte entries, each of which is stored once for every lane, so that 32 lanes with different codes
-# read 32 banks. A .shared variable of an inline block lives as long as the kernel.
-SHARED_TABLE_PTX = """{
+# read 32 banks. A thread stores its entry in 8 pieces of 16 bytes, 8 neighbours each another piece.
+# A .shared variable of an inline block lives as long as the kernel.
+_PIECES = "".join(
+    f"xor.b32 t, s, {16 * piece};\nst.shared.v4.b32 [t], {{v, v, v, v}};\n" for piece in range(8)
+)
+SHARED_TABLE_PTX = f"""{{
 .shared .align 128 .b32 kbit_table[8192];
-.reg .b32 i, n, v, s;
+.reg .b32 i, n, v, s, t;
 .reg .b64 a, o;
 .reg .pred p;
 mov.u32 i, %tid.x;
 mov.u32 n, %ntid.x;
 mov.u32 $0, kbit_table;
 FILL:
-shr.u32 s, i, 3;
-mul.wide.u32 o, s, 4;
+mul.wide.u32 o, i, 4;
 add.u64 a, $1, o;
 ld.global.nc.b32 v, [a];
-mad.lo.u32 s, i, 16, $0;
-st.shared.v4.b32 [s], {v, v, v, v};
-add.u32 i, i, n;
-setp.lt.u32 p, i, 2048;
+mad.lo.u32 s, i, 128, $0;
+and.b32 t, i, 7;
+mad.lo.u32 s, t, 16, s;
+{_PIECES}add.u32 i, i, n;
+setp.lt.u32 p, i, 256;
 @p bra FILL;
 bar.sync 0;
-}"""
+}}"""
 
 SUBTRACT_PTX = {
     "fp16": "sub.rn.f16x2 $0, $1, $2;",

@@ -99,3 +99,48 @@ def run(text: str, inputs: Sequence[U32], outputs: int, shared: U32 | None = Non
         else:
             registers[target] = INSTRUCTIONS[opcode](*map(read, operands))
     return [registers[f"${i}"] for i in range(outputs)]
+
+
+def fill(text: str, threads: int, entries: U32) -> U32:
+    """Shared memory after `threads` threads have run the block that fills it, one by one."""
+    body = [line.strip() for line in text.strip("{}\n").splitlines()]
+    shared = np.zeros(8192, dtype=np.uint32)
+    for thread in range(threads):
+        values = {"%tid.x": thread, "%ntid.x": threads, "kbit_table": 0, "$1": 0}
+
+        def read(operand: str, values: dict[str, int] = values) -> int:
+            return int(operand) if operand.isdigit() else values[operand.strip("[]")]
+
+        at = 0
+        while at < len(body):
+            line = body[at]
+            at += 1
+            if line.startswith(".") or line in ("FILL:", "bar.sync 0;"):
+                continue
+            if line == "@p bra FILL;":
+                at = body.index("FILL:") if values["p"] else at
+                continue
+            opcode, rest = line.rstrip(";").split(" ", 1)
+            target, *operands = rest.split(", ")
+            if opcode == "st.shared.v4.b32":
+                address = read(target)
+                assert address % 16 == 0
+                names = [operand.strip("{}") for operand in operands]
+                shared[address // 4 : address // 4 + 4] = [read(name) for name in names]
+            elif opcode == "ld.global.nc.b32":
+                values[target] = int(entries[read(operands[0]) // 4])
+            else:
+                values[target] = _SCALARS[opcode](*map(read, operands))
+    return shared
+
+
+_SCALARS: dict[str, Callable[..., int]] = {
+    "mov.u32": lambda a: a,
+    "mul.wide.u32": lambda a, b: a * b,
+    "add.u64": lambda a, b: a + b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "setp.lt.u32": lambda a, b: a < b,
+}
