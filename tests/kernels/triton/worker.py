@@ -165,7 +165,8 @@ def run_far(case: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     spec = QuantSpec.parse(case["spec"])
     n, m, last = case["n"], case["m"], case["n"] % 16
-    tensor = quantize(rng.standard_normal((last, 256)), spec, backend="reference")
+    w = rng.standard_normal((last, 256)).astype(np.float32)
+    tensor = quantize(w, spec, backend="reference")
     x = torch.from_numpy(rng.standard_normal((m, 256)).astype(np.float32)).half()
     small = device.prepare(tensor, "cpu", torch.float16, use_ptx=False)
 
