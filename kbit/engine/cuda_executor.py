@@ -156,7 +156,7 @@ class CudaExecutor(TorchExecutor):
 
     @torch.inference_mode()
     def forward(
-        self, tokens: Sequence[np.ndarray], cache: CudaCache, *, all_logits: bool = False
+        self, tokens: Sequence[np.ndarray], cache: TorchCache, *, all_logits: bool = False
     ) -> list[np.ndarray]:
         """See Executor.forward."""
         counts = self._check(tokens, cache)
@@ -170,7 +170,7 @@ class CudaExecutor(TorchExecutor):
 
     @torch.inference_mode()
     def sample(
-        self, tokens: Sequence[np.ndarray], cache: CudaCache, draws: Sequence[Draw]
+        self, tokens: Sequence[np.ndarray], cache: TorchCache, draws: Sequence[Draw]
     ) -> list[tuple[int, float]]:
         """Like forward with at most one token a sequence, but every next token is chosen on the
         device as `draws` say; returns it and the largest logit per sequence."""
@@ -180,8 +180,9 @@ class CudaExecutor(TorchExecutor):
         return [(int(token), largest) for token, largest in found]
 
     def _decode(
-        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: CudaCache
+        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: TorchCache
     ) -> Tensor:
+        assert isinstance(cache, CudaCache)
         ids = [int(np.ravel(t)[0]) if np.size(t) else 0 for t in tokens]
         # without a token: where the next one will be, or in a full row the last one, which only
         # a token that has no more room could read

@@ -48,6 +48,12 @@ def _pairs(words):
 
 
 @triton.jit
+def _bits(word, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
+    """The lowest WIDTH bits, from bit OFFSET on."""
+    return (word & ((1 << WIDTH) - 1)) << OFFSET
+
+
+@triton.jit
 def _decode_plain(
     words,
     table_ptr,
@@ -64,17 +70,16 @@ def _decode_plain(
         low = tl.zeros(_pairs(words[0]).shape, tl.int32)
         high = low
         for p in tl.static_range(len(FIELDS[OUTPUT])):
-            width: tl.constexpr = FIELDS[OUTPUT][p][2] // 2
-            offset: tl.constexpr = FIELDS[OUTPUT][p][3] // 2
             pair = _pairs(words[FIELDS[OUTPUT][p][0]]) >> FIELDS[OUTPUT][p][1]
-            low |= (pair & ((1 << width) - 1)) << offset
-            high |= ((pair >> width) & ((1 << width) - 1)) << offset
+            low |= _bits(pair, FIELDS[OUTPUT][p][2] // 2, FIELDS[OUTPUT][p][3] // 2)
+            pair = pair >> (FIELDS[OUTPUT][p][2] // 2)
+            high |= _bits(pair, FIELDS[OUTPUT][p][2] // 2, FIELDS[OUTPUT][p][3] // 2)
         code = tl.join(low, high).reshape(words[0].shape)
     else:
         code = tl.zeros(words[0].shape, tl.int32)
         for p in tl.static_range(len(FIELDS[OUTPUT])):
             word = words[FIELDS[OUTPUT][p][0]].to(tl.int32) >> FIELDS[OUTPUT][p][1]
-            code |= (word & ((1 << FIELDS[OUTPUT][p][2]) - 1)) << FIELDS[OUTPUT][p][3]
+            code |= _bits(word, FIELDS[OUTPUT][p][2], FIELDS[OUTPUT][p][3])
     if KIND == "table":
         value = tl.load(table_ptr + code)
     elif KIND == "fp":
