@@ -109,13 +109,14 @@ def decode_speed(
     decoder = describe(config)
     kinds = [(bits, RandomLoader) for bits in sorted(widths, key=lambda k: (k != 4, k))]
     kinds.insert(1, (4, TorchAttention))  # 4 bits is compared most
-    count = 80 if device == "cuda" else 2
+    on_gpu = device == "cuda"  # else a dry run
+    count, rounds, batches = (80, 25, (1, 8)) if on_gpu else (1, 1, (1, 2))
     for bits, base in kinds:
         spec = QuantSpec("int", bits)
         loader = type("Loader", (base,), {"spec": spec})
         kind = type("Executor", (CudaExecutor,), {"loader_class": loader})
         executor = kind({}, decoder, device, torch.float16, torch.float16)
-        for batch in (1, 8):
+        for batch in batches:
             if time.monotonic() > deadline:
                 return found
             cache = executor.new_cache(batch, CONTEXT)
@@ -123,9 +124,7 @@ def decode_speed(
                 # every call is a replay of the captured step
                 replay = partial(cache.step, [1] * batch, [CONTEXT - 1] * batch)
                 replay()
-                us = medians_us(
-                    {"step": Replay(cache.step, replay)}, rounds=25 if device == "cuda" else 1
-                )["step"]
+                us = medians_us({"step": Replay(cache.step, replay)}, rounds)["step"]
             cache.lengths[:] = [CONTEXT - 2 * count] * batch
             tokens = [np.array([1])] * batch
             for _ in range(2):  # the first warms up
@@ -153,7 +152,7 @@ def decode_speed(
             )
             del cache, replay
         del executor
-        if device == "cuda":
+        if on_gpu:
             torch.cuda.empty_cache()
     return found
 

@@ -140,7 +140,9 @@ def copy_bandwidth_gb_s(nbytes: int = 1 << 30, device: str = "cuda") -> float:
     return 2 * source.nbytes / us / 1e3
 
 
-def cross_over_rows(spec: QuantSpec, shape: tuple[int, int], device: str = "cuda") -> int:
+def cross_over_rows(
+    spec: QuantSpec, shape: tuple[int, int], device: str = "cuda", rounds: int = 7
+) -> int:
     """The most rows of x up to which the fused kernel is no slower than dequantizing and cuBLAS,
     among CROSS_OVERS (0: never)."""
     n, k = shape
@@ -157,7 +159,7 @@ def cross_over_rows(spec: QuantSpec, shape: tuple[int, int], device: str = "cuda
             "fused": [partial(fused_linear, x, weight, config) for weight in weights],
             "dense": [partial(dequantized_linear, x, weight) for weight in weights],
         }
-        us = medians_us({name: Timed(calls, device) for name, calls in ways.items()}, rounds=7)
+        us = medians_us({name: Timed(calls, device) for name, calls in ways.items()}, rounds)
         if us["fused"] > us["dense"]:
             break
         most = rows
