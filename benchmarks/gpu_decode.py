@@ -4,9 +4,8 @@ Both run kbit's own executor; only where the weights come from differs.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -14,10 +13,11 @@ import torch
 
 from kbit.engine.cuda_executor import CudaExecutor, DecodeStep
 from kbit.engine.cuda_layers import CudaLoader
-from kbit.models import Linear, describe
+from kbit.engine.sampler import GREEDY
+from kbit.models import Attention, Linear, describe
 from kbit_kernels import QuantSpec
 from kbit_kernels.triton import linear
-from kbit_kernels.triton.measure import medians_us, random_weight
+from kbit_kernels.triton.measure import Timed, medians_us, random_weight
 
 CONTEXT = 512  # positions of the cache; a step reads all of them
 LLAMA_3_8B = {
@@ -34,6 +34,14 @@ LLAMA_3_8B = {
     "hidden_act": "silu",
     "tie_word_embeddings": False,
 }
+TINY = LLAMA_3_8B | {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
 
 
 class RandomLoader(CudaLoader):
@@ -44,7 +52,7 @@ class RandomLoader(CudaLoader):
     def fused(self, parts: Sequence[Linear]) -> Any:
         """One random matrix for the parts."""
         shape = (sum(part.out_features for part in parts), parts[0].in_features)
-        weight = random_weight(self.spec, shape, self.dtype)
+        weight = random_weight(self.spec, shape, self.dtype, self.device)
         return partial(_apply, weight)
 
     def matrix(self, name: str) -> torch.Tensor:
@@ -77,69 +85,95 @@ def bytes_of_step(executor: CudaExecutor, cache: Any) -> int:
     return weights + sum(t.nbytes for t in (*cache.keys, *cache.values))
 
 
+class TorchAttention(RandomLoader):
+    """Attention by torch instead of kbit's kernel."""
+
+    def fused_attend(self, attention: Attention, slopes: torch.Tensor | None) -> None:
+        """None."""
+        return None
+
+
 def decode_speed(
     widths: tuple[int, ...],
     copy_gb_s: float,
     deadline: float,
     config: dict[str, Any] = LLAMA_3_8B,
+    device: str = "cuda",
 ) -> list[dict[str, Any]]:
     """Tokens per second at batch 1 and 8 for every width; percent of the byte roofline.
 
-    `step_us` is the captured step alone; `tokens_per_s` is the executor called in a loop, with the
-    logits brought to the host and the likeliest token taken there.
+    `step_us` is the captured step alone; `tokens_per_s` is the executor called in a loop, tokens
+    chosen on the device and brought to the host. At 4 bits also with torch's own attention.
     """
     found: list[dict[str, Any]] = []
     decoder = describe(config)
-    for bits in sorted(widths, key=lambda k: (k != 4, k)):  # 4 bits is compared most
+    kinds = [(bits, RandomLoader) for bits in sorted(widths, key=lambda k: (k != 4, k))]
+    kinds.insert(1, (4, TorchAttention))  # 4 bits is compared most
+    on_gpu = device == "cuda"  # else a dry run
+    count, rounds, batches = (80, 25, (1, 8)) if on_gpu else (1, 1, (1, 2))
+    for bits, base in kinds:
         spec = QuantSpec("int", bits)
-        loader = type("Loader", (RandomLoader,), {"spec": spec})
+        loader = type("Loader", (base,), {"spec": spec})
         kind = type("Executor", (CudaExecutor,), {"loader_class": loader})
-        executor = kind({}, decoder, "cuda", torch.float16, torch.float16)
-        for batch in (1, 8):
+        executor = kind({}, decoder, device, torch.float16, torch.float16)
+        for batch in batches:
             if time.monotonic() > deadline:
                 return found
             cache = executor.new_cache(batch, CONTEXT)
             with torch.inference_mode():
-                step = DecodeStep(executor, cache, CONTEXT, capture=True)
-                step([1] * batch, [CONTEXT - 1] * batch)
-                replay = SimpleNamespace(graph=step._graph, calls=1)
-                us = medians_us({"step": replay}, rounds=25)["step"]  # type: ignore[dict-item]
-            cache.lengths[:] = [CONTEXT - 120] * batch
+                # every call is a replay of the captured step
+                replay = partial(cache.step, [1] * batch, [CONTEXT - 1] * batch)
+                replay()
+                us = medians_us({"step": Replay(cache.step, replay)}, rounds)["step"]
+            cache.lengths[:] = [CONTEXT - 2 * count] * batch
             tokens = [np.array([1])] * batch
-            for count in (20, 80):  # the first capture and warm up
+            for _ in range(2):  # the first warms up
                 started = time.perf_counter()
                 for _ in range(count):
-                    rows = executor.forward(tokens, cache)
-                    tokens = [np.array([row.argmax()]) for row in rows]
+                    chosen = executor.sample(tokens, cache, [GREEDY] * batch)
+                    tokens = [np.array([token]) for token, _ in chosen]
                 seconds = time.perf_counter() - started
             floor_us = bytes_of_step(executor, cache) / copy_gb_s / 1e3
-            found.append(
-                {
-                    "spec": str(spec),
-                    "batch": batch,
-                    "step_us": us,
-                    "step_tokens_per_s": batch * 1e6 / us,
-                    "tokens_per_s": batch * 80 / seconds,
-                    "percent_of_byte_roofline": 100 * floor_us / us,
-                }
-            )
+            row = {
+                "spec": str(spec),
+                "batch": batch,
+                "attention": "kbit" if base is RandomLoader else "torch",
+                "step_us": us,
+                "step_tokens_per_s": batch * 1e6 / us,
+                "tokens_per_s": batch * count / seconds,
+                "percent_of_byte_roofline": 100 * floor_us / us,
+            }
+            found.append(row)
             print(
-                f"{spec} batch {batch}: {batch * 1e6 / us:.0f} tok/s in the step, "
-                f"{batch * 80 / seconds:.0f} in a loop, {100 * floor_us / us:.0f}% of bytes",
+                f"{spec} batch {batch}, attention by {row['attention']}: "
+                f"{batch * 1e6 / us:.0f} tok/s in the step, "
+                f"{batch * count / seconds:.0f} in a loop, {100 * floor_us / us:.0f}% of bytes",
                 flush=True,
             )
-        del executor, cache, step, replay
-        torch.cuda.empty_cache()
+            del cache, replay
+        del executor
+        if on_gpu:
+            torch.cuda.empty_cache()
     return found
 
 
-def model_speed(path: str, tokens: int = 200) -> dict[str, Any]:
-    """`kbit.load(path, device="cuda")`: seconds to load, to the first token, tokens per second."""
+class Replay(Timed):
+    """A captured step, timed like everything else; where there is no graph, the step itself."""
+
+    def __init__(self, step: DecodeStep, call: Callable[[], object]) -> None:
+        self.calls = 1
+        self.replay = call if step.graph is None else step.graph.replay
+        self.us = self._host_us if step.graph is None else self._device_us
+
+
+def model_speed(path: str, device: str = "cuda", tokens: int = 200) -> dict[str, Any]:
+    """`kbit.load(path, device=device)`: seconds to load, to the first token, tokens per second."""
     import kbit
 
     started = time.perf_counter()
-    model = kbit.load(path, backend="torch", device="cuda")
+    model = kbit.load(path, backend="torch", device=device)
     loaded = time.perf_counter()
+    tokens = tokens if device == "cuda" else 4
     run = partial(model.generate, "The capital of France is", temperature=0.0)
     run(max_tokens=1)
     first = time.perf_counter()

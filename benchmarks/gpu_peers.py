@@ -8,6 +8,8 @@ from functools import partial
 from typing import Any
 
 Calls = list[Callable[[], Any]]
+Peer = Callable[[int, int, Any], Calls]
+WIDTHS = (2, 3, 5, 6, 7, 8)
 
 
 def bitsandbytes_nf4(n: int, k: int, x: Any) -> Calls:
@@ -61,8 +63,31 @@ def gemlite_int4(n: int, k: int, x: Any) -> Calls:
     return calls
 
 
-PEERS: dict[str, Callable[[int, int, Any], Calls]] = {
+def humming(bits: int, n: int, k: int, x: Any) -> Calls:
+    """humming, symmetric integers in groups of 64, fp16 activations; compiled at the first call."""
+    import torch
+    from humming.layer import HummingLayer
+
+    from kbit_kernels.triton.measure import copies
+
+    calls: Calls = []
+    for _ in range(copies(n * k * bits // 8)):
+        layer = HummingLayer(
+            shape_n=n,
+            shape_k=k,
+            weight_config={"dtype": f"int{bits}", "group_size": 64},
+            torch_dtype=torch.float16,
+        ).cuda()
+        layer.load_from_unquantized(torch.randn((n, k), device="cuda", dtype=torch.float16))
+        layer.transform()
+        calls.append(partial(layer, x))
+    return calls
+
+
+PEERS: dict[str, Peer] = {
     "bitsandbytes nf4": bitsandbytes_nf4,
     "tinygemm int4": tinygemm_int4,
     "gemlite int4": gemlite_int4,
+    "humming int4": partial(humming, 4),
 }
+WIDTH_PEERS: dict[str, Peer] = {f"humming int{k}": partial(humming, k) for k in WIDTHS}

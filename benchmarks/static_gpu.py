@@ -21,32 +21,34 @@ from kbit_kernels.tensor import expected_parts
 from record import RESULTS, environment
 
 N = K = 8192
-# multiprocessors, boost clock GHz, memory TB/s, warps per multiprocessor; vendors' data sheets
-# (for sm_90 the copy bandwidth that was measured on an H100, design.md section 7)
+# multiprocessors, boost clock GHz, memory TB/s, warps and KB of shared memory per multiprocessor;
+# vendors' data sheets (for sm_90 the copy bandwidth that was measured on an H100, peers.md)
 CHIPS = {
-    "sm_80": ("A100", 108, 1.41, 1.94, 64),
-    "sm_86": ("A10/RTX 30", 84, 1.70, 0.76, 48),
-    "sm_89": ("RTX 4090", 128, 2.52, 1.01, 48),
-    "sm_90": ("H100", 132, 1.76, 3.00, 64),
-    "sm_100": ("B200", 148, 1.85, 8.00, 64),
-    "sm_120": ("RTX 5090", 170, 2.41, 1.79, 48),
-    "gfx942": ("MI300X", 304, 2.10, 5.30, 32),
+    "sm_80": ("A100", 108, 1.41, 1.94, 64, 164),
+    "sm_86": ("A10/RTX 30", 84, 1.70, 0.76, 48, 100),
+    "sm_89": ("RTX 4090", 128, 2.52, 1.01, 48, 100),
+    "sm_90": ("H100", 132, 1.76, 3.00, 64, 228),
+    "sm_100": ("B200", 148, 1.85, 8.00, 64, 228),
+    "sm_120": ("RTX 5090", 170, 2.41, 1.79, 48, 100),
+    "gfx942": ("MI300X", 304, 2.10, 5.30, 32, 64),
 }
 DTYPES = ("int", "uint", "fp", "nf")
 GOALS = {2: 2.0, 3: 3.0, 4: 2.5, 5: 3.0, 6: 3.0, 7: 3.0, 8: 2.5}
 
 
-def resident_warps(binary: Any, warps: int, limit: int) -> int:
-    """Warps that fit on a multiprocessor by registers (allocated in eights) and by number."""
+def resident_warps(binary: Any, warps: int, limit: int, shared_bytes: int) -> int:
+    """Warps that fit on a multiprocessor by registers (allocated in eights), memory and number."""
     per_program = -(-binary.registers // 8) * 8 * 32 * warps
-    return min(65536 // per_program, limit // warps) * warps
+    by_memory = shared_bytes // max(binary.shared_bytes, 1024)
+    return min(65536 // per_program, by_memory, limit // warps) * warps
 
 
 def measure(chip: str, spec: QuantSpec, rows: int, plain: bool) -> dict[str, Any]:
     """Compile one configuration and predict its time."""
     from kbit_kernels.triton import compiled, configs
+    from kbit_kernels.triton.layout import scheme_of
 
-    _, sms, clock_ghz, bandwidth_tb_s, limit = CHIPS[chip]
+    _, sms, clock_ghz, bandwidth_tb_s, limit, shared_kb = CHIPS[chip]
     sms_shipped = configs.SHIPPED_CLASSES[chip]
     config = configs.heuristic(rows, N, K, chip, sms_shipped, configs.most_rows(spec))
     binary = compiled.compile_linear(spec, chip, config, use_ptx=False if plain else None)
@@ -77,12 +79,16 @@ def measure(chip: str, spec: QuantSpec, rows: int, plain: bool) -> dict[str, Any
             "instructions_per_weight": round(per_weight, 3),
             "loop": binary.loop,
             "exchanges": binary.exchanges,
-            "resident_warps": resident_warps(binary, config.warps_n * config.warps_k, limit),
+            "resident_warps": resident_warps(
+                binary, config.warps_n * config.warps_k, limit, shared_kb << 10
+            ),
             "issue_us": passes * per_weight * N * K / slots * 1e6,
         }
-        if spec.bits > 4 and spec.dtype == "nf" and not plain:
-            # 32 banks; 32 random addresses meet about 3.5 deep in the fullest one
-            row["lookup_us"] = passes * 3.5 * N * K / (sms * 32 * clock_ghz * 1e9) * 1e6
+        scheme = scheme_of(spec)
+        if scheme.kind == "table" and not plain:
+            # every lane reads its own bank: one clock for 32 lookups
+            lookups = passes * N * K / scheme.unit
+            row["lookup_us"] = lookups / (sms * 32 * clock_ghz * 1e9) * 1e6
     return row
 
 
@@ -90,8 +96,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown."""
     lines = [
         "| chip | spec | M | decoder | instr/weight | registers | warps/SM | spills | bytes us |"
-        " issue us |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " issue us | lookup us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = [
@@ -105,6 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             row["spill_bytes"],
             f"{row['bytes_us']:.1f}",
             f"{row['issue_us']:.1f}" if "issue_us" in row else "",
+            f"{row['lookup_us']:.1f}" if "lookup_us" in row else "",
         ]
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines)

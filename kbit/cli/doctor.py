@@ -83,13 +83,15 @@ def examine(model: str | None = None) -> dict[str, Any]:
         except PackageNotFoundError:
             packages[name] = None
     executors = {device: _executors(model, device) for device in ("cpu", "cuda")}
+    gpu = _gpu()
     return {
         "kbit": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
         "cpu": _cpu(),
-        "gpu": _gpu(),
+        "gpu": gpu,
+        "tuning": _tuning(gpu),
         "kernels": _kernels(),
         "model": model,
         "executors": executors,
@@ -119,7 +121,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def _gpu() -> dict[str, Any]:
-    """name, memory_bytes and capability, or why there is none."""
+    """name, memory_bytes and capability (sm_90, gfx942), or why there is none."""
     if find_spec("torch") is None:
         return {"available": False, "reason": "torch is not installed (pip install 'kbit[gpu]')"}
     import torch
@@ -128,13 +130,22 @@ def _gpu() -> dict[str, Any]:
         built = torch.version.cuda or torch.version.hip
         reason = "no CUDA device is seen" if built else f"torch {torch.__version__} is a CPU build"
         return {"available": False, "reason": reason}
+    from kbit_kernels.triton.configs import gpu_class
+
     properties = torch.cuda.get_device_properties(0)
     return {
         "available": True,
         "name": properties.name,
         "memory_bytes": properties.total_memory,
-        "capability": f"sm_{properties.major}{properties.minor}",
+        "capability": gpu_class(torch.device("cuda", 0))[0],
     }
+
+
+def _tuning(gpu: dict[str, Any]) -> dict[str, int] | None:
+    """The tables of kernel configurations: path -> entries for this GPU; None without a GPU."""
+    from kbit_kernels.triton.configs import sources
+
+    return sources(gpu["capability"]) if gpu["available"] else None
 
 
 def _kernels() -> list[dict[str, Any]]:
@@ -182,6 +193,7 @@ def _text(report: dict[str, Any]) -> str:
         f"CPU       {cpu['name']}, {cpu['threads']} threads, {cpu['memory_bytes'] / 2**30:.1f} GiB",
         f"          {' '.join(cpu['features']) or 'none of the features that kbit looks for'}",
         f"GPU       {card}",
+        *_tuning_lines(report["tuning"]),
         f"cache     {report['cache']}",
         "",
         "kernels (quantize, dequantize, linear)",
@@ -200,6 +212,13 @@ def _text(report: dict[str, Any]) -> str:
             f"nothing here can run a model; {sys.executable} -m pip install 'kbit[torch]'",
         ]
     return "\n".join(lines)
+
+
+def _tuning_lines(tables: dict[str, int] | None) -> list[str]:
+    if tables is None:
+        return []
+    found = "; ".join(f"{path}: {entries} for this GPU" for path, entries in tables.items())
+    return [f"tuning    {found}; else a rule (kbit tune searches better ones)"]
 
 
 def _line(name: str, state: str, entry: dict[str, Any]) -> str:

@@ -166,6 +166,8 @@ def _sentence(error: Exception) -> str:
         package = (error.name or "").partition(".")[0]
         if extra := _extra_with(package):
             return f"this needs {package}, which is an extra: pip install 'kbit[{extra}]'"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, which need not be there
+        return "the GPU has not enough memory for this; take fewer bits, a smaller batch or context"
     told = f"{type(error).__name__}: {error}".split("\n")[0]
     return f"something went wrong inside kbit ({told}); --debug shows where"
 

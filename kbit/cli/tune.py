@@ -35,6 +35,7 @@ def tune(
 
     from kbit_kernels.triton.configs import tuned_path
     from kbit_kernels.triton.tune import tune as search
+    from kbit_kernels.triton.tune import tune_cross_over
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn()) as bar:
@@ -47,6 +48,9 @@ def tune(
             bar.console.print(
                 f"{found.key}: {found.us:.1f} us (rule: {found.rule_us:.1f} us), {found.config}"
             )
+        bar.update(task, description="where dequantizing and cuBLAS is faster")
+        most = tune_cross_over(specs, sizes)
+        bar.console.print(f"fused up to {most} tokens at once, above that by cuBLAS")
     typer.echo(f"Saved to {tuned_path()}.")
 
 

@@ -1,47 +1,50 @@
 """The torch executor on a GPU: kernels for quantized layers, decode steps as CUDA graphs.
 
-A step in which every sequence gets one token is captured once per batch and power of two of cache
-positions that it reads, and replayed from then on. The captured code is the ordinary one; only the
-`Step` is special: its positions are device tensors that are filled before each replay, and it
-claims to reach over the whole span, so that what is not yet written is masked, not cut off.
+A step in which no sequence gets more than one token is captured once per arena, that is per power
+of two of sequences, and replayed from then on. The captured code is the ordinary one; only the
+`Step` is special: its positions are device tensors that are filled before each replay. Sequences
+that get no token compute one all the same, at a place that nobody reads.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from weakref import WeakKeyDictionary
+from functools import partial
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kbit.engine.cuda_layers import HALVES, CudaLoader, KernelLinear
+from kbit.engine.cuda_sampler import choose
 from kbit.engine.executor import Weights
+from kbit.engine.sampler import Draw
 from kbit.engine.torch_attention import Step
-from kbit.engine.torch_cache import TorchCache
+from kbit.engine.torch_cache import TorchCache, check
 from kbit.engine.torch_executor import TorchExecutor
 from kbit.models import Decoder
 from kbit_kernels.tensor import QuantizedTensor
 
-SMALLEST_SPAN = 256
+SMALLEST_CAPACITY = 256
+IDLE_ARENAS = 2
 
 
 class DecodeStep:
-    """One token for every sequence of one cache, reading `span` positions.
+    """One token for every sequence of an arena.
 
     `capture=False` computes without a graph (there is none without a GPU), the same way otherwise.
     """
 
-    def __init__(
-        self, executor: CudaExecutor, cache: TorchCache, span: int, *, capture: bool
-    ) -> None:
-        device, batch = executor.device, cache.batch
-        self._executor, self._cache = executor, cache
-        self._ids_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self._positions_B = torch.zeros(batch, dtype=torch.int64, device=device)
+    def __init__(self, executor: CudaExecutor, arena: TorchCache, *, capture: bool) -> None:
+        device, batch = executor.device, arena.batch
+        self._executor, self._arena = executor, arena
+        self._inputs_2B = torch.zeros((2, batch), dtype=torch.int64, device=device)
+        self._ids_B, self._positions_B = self._inputs_2B
         self._step = Step(
             rows=list(range(batch)),
             counts=[1, 1],  # with starts: the nearest and the farthest a sequence may stand
-            starts=[0, span - 1],
+            starts=[0, arena.capacity - 1],
             sequences=torch.arange(batch, device=device),
             positions=self._positions_B,
             slots=None,
@@ -49,35 +52,50 @@ class DecodeStep:
             all_rows=True,
         )
         self._capture = capture
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         self._logits_BV = torch.empty(0)
 
-    def __call__(self, tokens: Sequence[int], lengths: Sequence[int]) -> np.ndarray:
-        """Logits fp32 [B, V] after `tokens`, which go to the positions `lengths`."""
-        self._ids_B.copy_(torch.tensor(tokens))
-        self._positions_B.copy_(torch.tensor(lengths))
+    def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+        """Logits fp32 [B, V] after `tokens` at `positions`, on the device; the next call overwrites
+        them."""
+        missing = [0] * (self._arena.batch - len(tokens))
+        self._inputs_2B.copy_(torch.tensor([[*tokens, *missing], [*positions, *missing]]))
         if not self._capture:
             self._compute()
-        elif self._graph is None:
+        elif self.graph is None:
             # compiles kernels and fills allocators; writing the same keys again does no harm
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):
                 self._compute()
             torch.cuda.current_stream().wait_stream(side)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
                 self._compute()
-            self._graph.replay()
+            graph.replay()
+            self.graph = graph
         else:
-            self._graph.replay()
-        return self._logits_BV.cpu().numpy()
+            self.graph.replay()
+        return self._logits_BV[: len(tokens)]
 
     def _compute(self) -> None:
         h = self._executor._embed(self._ids_B, self._positions_B)
         for block in self._executor._blocks:
-            h = block(h, self._cache, self._step)
+            h = block(h, self._arena, self._step)
         self._logits_BV = self._executor._logits(h)
+
+
+class CudaCache(TorchCache):
+    """The first rows and positions of an arena: keys and values that outlive the cache, because a
+    captured step points to them."""
+
+    def __init__(self, arena: TorchCache, step: DecodeStep, batch: int, capacity: int) -> None:
+        self.capacity = capacity
+        self.lengths = [0] * batch
+        self.keys = [keys[:batch] for keys in arena.keys]
+        self.values = [values[:batch] for values in arena.values]
+        self.rotary = arena.rotary
+        self.step = step
 
 
 class CudaExecutor(TorchExecutor):
@@ -95,7 +113,12 @@ class CudaExecutor(TorchExecutor):
     ) -> None:
         super().__init__(checkpoint, decoder, device, dtype, cache_dtype)
         self._capture = device.startswith("cuda")
-        self._steps: WeakKeyDictionary[TorchCache, dict[int, DecodeStep]] = WeakKeyDictionary()
+        self._idle: list[tuple[TorchCache, DecodeStep]] = []
+        self._stretches = any(
+            layer.attention.rotary is not None
+            and layer.attention.rotary.scaling in ("dynamic", "longrope")
+            for layer in decoder.layers
+        )
         if decoder.tied and dtype in HALVES:
             loader = self.loader_class(checkpoint, decoder, dtype, device)
             embedding = loader.stored(decoder.embedding)
@@ -103,17 +126,72 @@ class CudaExecutor(TorchExecutor):
                 self._head = KernelLinear(embedding, None, loader)
 
     @torch.inference_mode()
+    def new_cache(self, batch: int, capacity: int) -> CudaCache:
+        """See Executor.new_cache; an arena that a cache left behind is used again."""
+        check(self.decoder, batch, capacity)
+        arena, step = self._arena(batch, capacity)
+        cache = CudaCache(arena, step, batch, capacity)
+        weakref.finalize(cache, _leave, self._idle, arena, step).atexit = False
+        return cache
+
+    def _arena(self, batch: int, capacity: int) -> tuple[TorchCache, DecodeStep]:
+        rows = 1 << (batch - 1).bit_length()
+        roomy = max(SMALLEST_CAPACITY, 1 << (capacity - 1).bit_length())
+        wanted = max(capacity, min(roomy, self.decoder.max_positions))
+        if self._stretches:  # the rotary tables are those of the capacity
+            wanted = capacity
+        for i, (arena, _) in enumerate(self._idle):
+            if arena.batch == rows and arena.capacity == wanted:
+                for array in (*arena.keys, *arena.values):
+                    array.zero_()
+                return self._idle.pop(i)
+        make = partial(TorchCache, self.decoder, rows, wanted, self._cache_dtype, self.device)
+        try:
+            arena = make()
+        except torch.OutOfMemoryError:
+            self._idle.clear()
+            torch.cuda.empty_cache()
+            arena = make()
+        return arena, DecodeStep(self, arena, capture=self._capture)
+
+    @torch.inference_mode()
     def forward(
         self, tokens: Sequence[np.ndarray], cache: TorchCache, *, all_logits: bool = False
     ) -> list[np.ndarray]:
         """See Executor.forward."""
-        if cache.capacity < 2 or not all(np.size(t) == 1 for t in tokens):
+        counts = self._check(tokens, cache)
+        if max(counts) != 1:
             return super().forward(tokens, cache, all_logits=all_logits)
-        self._check(tokens, cache)
-        steps = self._steps.setdefault(cache, {})
-        span = min(cache.capacity, max(SMALLEST_SPAN, 1 << max(cache.lengths).bit_length()))
-        if span not in steps:
-            steps[span] = DecodeStep(self, cache, span, capture=self._capture)
-        logits = steps[span]([int(np.ravel(t)[0]) for t in tokens], cache.lengths)
-        cache.lengths[:] = [length + 1 for length in cache.lengths]
-        return [row[None] if all_logits else row for row in logits]
+        logits = self._decode(tokens, counts, cache).cpu().numpy()
+        V = self.decoder.vocab_size
+        none = np.empty((0, V) if all_logits else 0, np.float32)
+        rows = logits[:, None] if all_logits else logits
+        return [row if count else none for row, count in zip(rows, counts, strict=True)]
+
+    @torch.inference_mode()
+    def sample(
+        self, tokens: Sequence[np.ndarray], cache: TorchCache, draws: Sequence[Draw]
+    ) -> list[tuple[int, float]]:
+        """Like forward with at most one token a sequence, but every next token is chosen on the
+        device as `draws` say; returns it and the largest logit per sequence."""
+        counts = self._check(tokens, cache)
+        assert max(counts) == 1
+        found = choose(self._decode(tokens, counts, cache), draws).tolist()
+        return [(int(token), largest) for token, largest in found]
+
+    def _decode(
+        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: TorchCache
+    ) -> Tensor:
+        assert isinstance(cache, CudaCache)
+        ids = [int(np.ravel(t)[0]) if np.size(t) else 0 for t in tokens]
+        # without a token: where the next one will be, or in a full row the last one, which only
+        # a token that has no more room could read
+        positions = [min(length, cache.capacity - 1) for length in cache.lengths]
+        logits = cache.step(ids, positions)
+        cache.lengths[:] = [n + count for n, count in zip(cache.lengths, counts, strict=True)]
+        return logits
+
+
+def _leave(idle: list[tuple[TorchCache, DecodeStep]], arena: TorchCache, step: DecodeStep) -> None:
+    idle.append((arena, step))
+    del idle[:-IDLE_ARENAS]

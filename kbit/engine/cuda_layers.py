@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.engine.torch_layers import Layer, Loader
-from kbit.models import Linear
+from kbit.engine.torch_layers import Attend, Layer, Loader
+from kbit.models import Attention, Linear
 from kbit_kernels.tensor import QuantizedTensor
 
 _PER_ROW = ("codes", "scales", "zeros", "means")
@@ -62,6 +62,10 @@ class CudaLoader(Loader):
     def fused_place(self) -> Callable[..., Tensor] | None:
         kernels = self._kernels()
         return None if kernels is None else kernels.place
+
+    def fused_attend(self, attention: Attention, slopes: Tensor | None) -> Attend | None:
+        kernels = self._kernels()
+        return None if kernels is None else kernels.Attend(attention, slopes)
 
     def _kernels(self) -> ModuleType | None:
         """The small kernels; None on a CPU, unless Triton's interpreter stands in for a GPU."""

@@ -39,7 +39,10 @@ class Cache(Protocol):
 
 
 class Executor(Protocol):
-    """Computes logits; `torch` and `native` are interchangeable."""
+    """Computes logits; `torch` and `native` are interchangeable.
+
+    One that can choose tokens where the logits lie has a `sample` too; see CudaExecutor.
+    """
 
     name: str
     decoder: Decoder

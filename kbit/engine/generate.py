@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 
 from kbit.engine.executor import Executor
-from kbit.engine.sampler import Choice, Sampler, Sampling
+from kbit.engine.sampler import GREEDY, Choice, Draw, Sampler, Sampling
 from kbit.engine.tokenizer import Detokenizer, Tokenizer
 from kbit.errors import KbitError
 
@@ -191,9 +191,25 @@ class _Sequence:
         self._detokenizer = Detokenizer(tokenizer, prompt)
         self._stops = StopMatcher(options.stop)
 
-    def step(self, logits: np.ndarray, eos: frozenset[int]) -> str:
-        """Choose the next token; returns the text that became certain."""
-        choice = self._sampler.choose(logits, logprobs=self._options.logprobs)
+    @property
+    def needs_logits_only(self) -> bool:
+        """Whether an executor may choose the next token by `draw`."""
+        return self._options.logprobs is None and self._sampler.needs_logits_only
+
+    def draw(self) -> Draw:
+        """How an executor has to choose the next token."""
+        return self._sampler.draw()
+
+    def accept(self, token: int, largest: float) -> Choice:
+        """The choice of what an executor drew."""
+        return self._sampler.accept(token, largest)
+
+    def choose(self, logits: np.ndarray) -> Choice:
+        """Choose the next token here."""
+        return self._sampler.choose(logits, logprobs=self._options.logprobs)
+
+    def step(self, choice: Choice, eos: frozenset[int]) -> str:
+        """Say the chosen token; returns the text that became certain."""
         if choice.token in eos and not self._options.ignore_eos:
             return self._end("stop", "")
         self.tokens.append(choice.token)
@@ -276,6 +292,25 @@ def generate(
     return _run(executor, sequences, options.batch, eos, prompt_cache, limit)
 
 
+def _choices(
+    executor: Executor,
+    cache: Any,
+    feed: Sequence[np.ndarray],
+    group: Sequence[_Sequence],
+    active: Sequence[int],
+) -> dict[int, Choice]:
+    """Compute one step, and choose the next token of every active sequence: on the device where
+    the executor can sample and every choice needs logits only."""
+    single = all(tokens.size <= 1 for tokens in feed)
+    if single and hasattr(executor, "sample") and all(group[b].needs_logits_only for b in active):
+        drawn = executor.sample(
+            feed, cache, [group[b].draw() if b in active else GREEDY for b in range(len(group))]
+        )
+        return {b: group[b].accept(*drawn[b]) for b in active}
+    logits = executor.forward(feed, cache)
+    return {b: group[b].choose(logits[b]) for b in active}
+
+
 def _run(
     executor: Executor,
     sequences: list[_Sequence],
@@ -298,11 +333,11 @@ def _run(
         first = True
         while any(s.finish is None for s in group):
             step_begin = time.perf_counter()
-            logits = executor.forward(feed, cache)
+            active = [b for b, s in enumerate(group) if s.finish is None]
+            choices = _choices(executor, cache, feed, group, active)
             if prompt_cache is not None:
                 prompt_cache.tokens.extend(feed[0].tolist())
-            active = [b for b, s in enumerate(group) if s.finish is None]
-            pieces = [(group[b], group[b].step(logits[b], eos)) for b in active]
+            pieces = [(group[b], group[b].step(choices[b], eos)) for b in active]
             now = time.perf_counter()
             if first:
                 timings.prompt_tokens += sum(len(f) for f in feed)

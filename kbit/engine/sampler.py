@@ -75,6 +75,21 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
+@dataclass(frozen=True)
+class Draw:
+    """One choice that needs nothing but logits, for an executor that samples where they lie: the
+    options of Sampling, and where between 0 and 1 to draw."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    uniform: float
+
+
+GREEDY = Draw(0.0, 0, 1.0, 0.0, 0.0)
+
+
 class Sampler:
     """Chooses the tokens of one sequence; holds its random numbers and what it has said.
 
@@ -99,11 +114,7 @@ class Sampler:
         Raises KbitError where the logits are not finite.
         """
         top = int(np.argmax(logits))
-        if not np.isfinite(logits[top]):
-            raise KbitError(
-                f"the model's logits hold {logits[top]} at token {top}: its weights overflow or "
-                "are damaged"
-            )
+        _check_finite(top, float(logits[top]))
         scores = self.penalized(logits)
         if self.options.temperature == 0:
             token = int(np.argmax(scores))
@@ -118,6 +129,27 @@ class Sampler:
         if logprobs is None:
             return Choice(token)
         return _with_logprobs(token, logits, logprobs)
+
+    @property
+    def needs_logits_only(self) -> bool:
+        """Whether a choice depends on nothing that was said before: then `draw` can stand in."""
+        o = self.options
+        penalties = o.presence_penalty or o.frequency_penalty or o.repetition_penalty != 1
+        return not (penalties or o.logit_bias)
+
+    def draw(self) -> Draw:
+        """What `choose` would do with the next logits; uses up the random number it would use."""
+        o = self.options
+        uniform = self._random.random() if o.temperature else 0.0
+        return Draw(o.temperature, o.top_k, o.top_p, o.min_p, uniform)
+
+    def accept(self, token: int, largest: float) -> Choice:
+        """The choice of a token that was drawn elsewhere, from logits whose largest is given.
+
+        Raises KbitError where the logits are not finite.
+        """
+        _check_finite(token, largest)
+        return Choice(token)
 
     def penalized(self, logits: np.ndarray) -> np.ndarray:
         """Logits with bias and penalties applied, float32 [V]; the input is left as it was."""
@@ -143,6 +175,13 @@ class Sampler:
                 np.float32(o.presence_penalty) + np.float32(o.frequency_penalty) * counts
             )
         return scores
+
+
+def _check_finite(token: int, logit: float) -> None:
+    if not math.isfinite(logit):
+        raise KbitError(
+            f"the model's logits hold {logit} at token {token}: its weights overflow or are damaged"
+        )
 
 
 def distribution(scores: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:

@@ -98,6 +98,7 @@ class TorchAttention:
         self._k_norm = make_norm(loader, attention.k_norm)
         slopes = attention.alibi_slopes
         self._slopes = None if slopes is None else torch.tensor(slopes, device=loader.device)
+        self._attend_one = loader.fused_attend(attention, self._slopes)
 
     def __call__(self, x_ND: Tensor, cache: TorchCache, step: Step) -> Tensor:
         a = self._attention
@@ -110,6 +111,9 @@ class TorchAttention:
         else:
             q = place(a, self._layer, q, k, v, cache, step)
         keys, values = cache.keys[self._layer], cache.values[self._layer]
+        if self._attend_one is not None and step.all_rows and max(step.counts) == 1:
+            out = self._attend_one(q.contiguous(), keys, values, step.positions)
+            return self._out(out.view(x_ND.shape[0], -1))
         if not step.all_rows:
             keys, values = keys[step.rows], values[step.rows]
         q_BHTD = step.pad(q)

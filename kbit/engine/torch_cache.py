@@ -20,15 +20,7 @@ class TorchCache:
     def __init__(
         self, decoder: Decoder, batch: int, capacity: int, dtype: torch.dtype, device: str
     ) -> None:
-        if batch < 1 or capacity < 1:
-            raise KbitError(
-                f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
-            )
-        if decoder.positions is not None and capacity > decoder.max_positions:
-            raise KbitError(
-                f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
-                f"learned positions for {decoder.max_positions} only"
-            )
+        check(decoder, batch, capacity)
         self.capacity = capacity
         self.lengths = [0] * batch
         shapes = [
@@ -59,3 +51,16 @@ class TorchCache:
                 f"a sequence of {self.lengths[sequence]} tokens can't be cut to {length}"
             )
         self.lengths[sequence] = length
+
+
+def check(decoder: Decoder, batch: int, capacity: int) -> None:
+    """Raise KbitError if the decoder can't have a cache of this size."""
+    if batch < 1 or capacity < 1:
+        raise KbitError(
+            f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
+        )
+    if decoder.positions is not None and capacity > decoder.max_positions:
+        raise KbitError(
+            f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
+            f"learned positions for {decoder.max_positions} only"
+        )

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import kbit_kernels.triton
 from kbit.engine.executor import Weights
 from kbit.engine.torch_attention import Step, TorchAttention
 from kbit.engine.torch_cache import TorchCache
@@ -21,12 +22,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def supports(decoder: Decoder, device: str) -> tuple[bool, str]:
     """Every described decoder, on every device that this torch has."""
-    kind = device.split(":")[0]
-    if kind == "cpu" or (kind == "cuda" and torch.cuda.is_available()):
+    kind, _, index = device.partition(":")
+    if kind == "cpu" and not index:
         return True, f"torch {torch.__version__}"
-    if kind == "cuda":
+    if kind != "cuda" or (index and not index.isdigit()):
+        return False, f"torch {torch.__version__} has no device {device!r}"
+    if not torch.cuda.is_available():
         return False, f"torch {torch.__version__} finds no CUDA device; leave --device out"
-    return False, f"torch {torch.__version__} has no device {device!r}"
+    if int(index or 0) >= torch.cuda.device_count():
+        return False, f"torch sees {torch.cuda.device_count()} CUDA device(s), counted from 0"
+    able, reason = kbit_kernels.triton.available()
+    return able, f"torch {torch.__version__}, {reason}" if able else reason
 
 
 def load(
@@ -58,6 +64,8 @@ def load(
     if on_gpu:
         from kbit.engine.cuda_executor import CudaExecutor
 
+        # kernels are launched, and graphs captured, on the current device
+        torch.cuda.set_device(int(device.partition(":")[2] or 0))
         kind = CudaExecutor
     return kind(checkpoint, decoder, device, DTYPES[dtype], DTYPES[cache_dtype or dtype])
 

@@ -17,10 +17,11 @@ from torch.nn import functional
 import kbit_kernels
 from kbit.engine.executor import Weights
 from kbit.errors import KbitError
-from kbit.models import Decoder, Linear, Norm
+from kbit.models import Attention, Decoder, Linear, Norm
 from kbit_kernels.tensor import QuantizedTensor
 
 Layer = Callable[[Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Layer] = {
     "silu": functional.silu,
@@ -71,6 +72,10 @@ class Loader:
 
     def fused_place(self) -> Callable[..., Tensor] | None:
         """Rotary positions and the cache write as one kernel (cuda_kernels.place), likewise."""
+        return None
+
+    def fused_attend(self, attention: Attention, slopes: Tensor | None) -> Attend | None:
+        """Attention of one new token a sequence as one kernel (cuda_kernels.Attend), likewise."""
         return None
 
     def rows(self, linear: Linear) -> np.ndarray | QuantizedTensor:

@@ -17,6 +17,7 @@ from kbit_kernels.triton.configs import Config
 from kbit_kernels.triton.device import (
     DEQUANTIZE_WARPS,
     decoder_constants,
+    launch_options,
     launch_warps,
     linear_constants,
 )
@@ -69,15 +70,15 @@ def compile_linear(
     use_ptx = chip in NVIDIA if use_ptx is None else use_ptx
     constants = linear_constants(spec, half, use_ptx, config, columns)
     constants |= {"HAS_EXTRA": False, "HAS_BIAS": False}
-    warps = launch_warps(config.warps_n * config.warps_k, chip in AMD)
-    return _compile(kernels.linear_kernel, spec, chip, half, constants, warps)
+    options = launch_options(spec, config, chip in AMD)
+    return _compile(kernels.linear_kernel, spec, chip, half, constants, options)
 
 
 def compile_dequantize(spec: QuantSpec, chip: str, half: str = "fp16") -> Binary:
     """`kernels.dequantize_kernel` for `chip`."""
     constants = {**decoder_constants(spec, half, chip in NVIDIA), "W": DEQUANTIZE_WARPS}
-    warps = launch_warps(DEQUANTIZE_WARPS, chip in AMD)
-    return _compile(kernels.dequantize_kernel, spec, chip, half, constants, warps)
+    options = {"num_warps": launch_warps(DEQUANTIZE_WARPS, chip in AMD), "num_stages": 1}
+    return _compile(kernels.dequantize_kernel, spec, chip, half, constants, options)
 
 
 def _compile(
@@ -86,7 +87,7 @@ def _compile(
     chip: str,
     half: str,
     constants: dict[str, object],
-    warps: int,
+    options: dict[str, int],
 ) -> Binary:
     types = {
         "words_ptr": "*i16",
@@ -109,7 +110,7 @@ def _compile(
     compiled = triton.compile(
         ASTSource(function, signature, constants, attributes),
         target=target,
-        options={"num_warps": warps, "num_stages": 1},
+        options=options,
     )
     if chip in AMD:
         return _read_amdgcn(compiled.asm["amdgcn"])

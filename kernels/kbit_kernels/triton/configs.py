@@ -10,6 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kbit_kernels.errors import KbitError
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.triton.layout import COLUMNS, ROWS, scheme_of
 
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 SHIPPED = Path(__file__).with_name("configs.json")
 ROW_BUCKETS = (8, 16, 32, 64)  # rows of x that one program can hold
 MAX_WARPS = 8
+CROSS_OVER_ROWS = 128  # above it others' fused kernels lose to cuBLAS; kbit tune measures it
 WARPS_PER_SM = 24  # enough loads in flight to cover the memory's latency
 
 
@@ -55,7 +57,7 @@ def most_rows(spec: QuantSpec) -> int:
     """Rows of x that a program may hold: with 16 outputs looked up in shared memory at once,
     registers spill at 64."""
     scheme = scheme_of(spec)
-    return 32 if scheme.in_shared_memory and scheme.outputs == 16 else 64
+    return 32 if scheme.kind == "table" and scheme.outputs == 16 else 64
 
 
 def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:
@@ -105,7 +107,16 @@ def shipped_configs(gpu: str) -> set[Config]:
 
 @lru_cache(maxsize=64)
 def _read(path: Path) -> dict[str, Any]:
-    loaded: dict[str, Any] = json.loads(path.read_text())
+    try:
+        loaded: dict[str, Any] = json.loads(path.read_text())
+        for found in loaded["classes"].values():
+            for entry in found["entries"].values():
+                Config(**{name: int(entry[name]) for name in Config.__dataclass_fields__})
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise KbitError(
+            f"{path}: is no table of kernel configurations ({error!r}); delete it, or write it "
+            "anew with kbit tune"
+        ) from None
     return loaded
 
 
@@ -117,6 +128,15 @@ def tuned_path() -> Path:
     return Path(cache) / "kbit" / "triton-configs.json"
 
 
+def sources(gpu: str) -> dict[str, int]:
+    """Path of each table that is looked into, best first -> its configurations for class `gpu`."""
+    none: dict[str, Any] = {"entries": {}}
+    return {
+        str(path): len(_read(path)["classes"].get(gpu, none)["entries"]) if path.exists() else 0
+        for path in (tuned_path(), SHIPPED)
+    }
+
+
 def entry_key(spec: QuantSpec, rows: int, n: int, k: int) -> str:
     """The name of one entry: bits, bucket of rows, shape; data types and blocks share entries."""
     return f"k{spec.bits}-m{bucket(rows)}-{n}x{k}"
@@ -125,7 +145,7 @@ def entry_key(spec: QuantSpec, rows: int, n: int, k: int) -> str:
 def write(path: Path, gpu: str, entries: dict[str, dict[str, Any]], **about: Any) -> None:
     """Merge `entries` of class `gpu` into the table at `path`, aside and renamed into place."""
     empty: dict[str, Any] = {"version": 1, "classes": {}}
-    table = json.loads(path.read_text()) if path.exists() else empty
+    table = _read(path) if path.exists() else empty
     found = table["classes"].setdefault(gpu, {"entries": {}})
     found.update(about)
     found["entries"].update(entries)
@@ -160,20 +180,19 @@ def choose_for(
     spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int
 ) -> tuple[Config | None, str]:
     """The configuration (None: dequantize and call cuBLAS) and where it comes from."""
+    tables = []
     for path, source in ((tuned_path(), "tuned"), (SHIPPED, "shipped")):
-        if not path.exists():
-            continue
-        found = _read(path)["classes"].get(gpu)
-        if found is None:
-            continue
-        if rows > found.get("cross_over_rows", 128):
-            return None, f"{source}: above the cross-over"
-        entry = found["entries"].get(entry_key(spec, rows, n, k))
-        if entry is not None:
+        if path.exists() and gpu in (classes := _read(path)["classes"]):
+            tables.append((classes[gpu], source))
+    limits = [(table["cross_over_rows"], s) for table, s in tables if "cross_over_rows" in table]
+    limit, source = limits[0] if limits else (CROSS_OVER_ROWS, "rule")
+    if rows > limit:
+        return None, f"{source}: above the cross-over"
+    for table, source in tables:
+        entry = table["entries"].get(entry_key(spec, rows, n, k))
+        if entry is not None and entry["rows_x"] <= most_rows(spec):
             fields = {name: entry[name] for name in Config.__dataclass_fields__}
             return Config(**fields), source
-    if rows > 128:
-        return None, "rule: above the cross-over"
     return heuristic(rows, n, k, gpu, sms, most_rows(spec)), "rule"
 
 

@@ -1,7 +1,8 @@
 """From words to halves: the PTX of one decoding step, written out from a `Scheme`.
 
 Every step takes the chunks of a sub-tile, two 16-bit words in a 32-bit register, and gives one
-half2 per output: both halves are computed alike, so the step is elementwise on words. Integers are
+half2 per output: both halves are computed alike, so the step is elementwise on words (on pairs of
+words where codes are looked up in twos). Integers are
 decoded by the magic number: a code OR-ed into the mantissa of 2^m (m mantissa bits: 1024.0 in fp16,
 128.0 in bf16) is 2^m + code; p bits higher up, into that of 2^(m-p), it is 2^(m-p) + code. One
 subtraction, exact, gives the value. `functions._decode_plain` says the same in Triton, for the
@@ -15,7 +16,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kbit_kernels.triton.layout import REGISTER_TABLE_BITS, Scheme
+from kbit_kernels.triton.layout import Scheme
 
 HALF_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 MANTISSA_BITS = {"fp16": 10, "bf16": 7}
@@ -77,22 +78,34 @@ class _Writer:
         return "{\n" + "\n".join(body) + "\n}"
 
 
-def _slot_mask(scheme: Scheme, planes: int) -> str:
-    """Bits that the `planes` widest fields of merged codes fill, in every slot of both halves."""
-    one = 0
-    for part in scheme.fields[0][:planes]:
-        one |= ((1 << part.width) - 1) << (part.offset + scheme.base)
-    return twice(sum(one << bit for bit in range(0, 16, scheme.slot)))
+def _every(pattern: int, step: int) -> str:
+    """A pattern of `step` bits, repeated over a register."""
+    return twice(sum(pattern << bit for bit in range(0, 16, step)))
 
 
 def _merge(writer: _Writer, scheme: Scheme, group: int, words: list[str]) -> str:
-    """The codes of a group, each at `scheme.base` of its slot; other bits of a slot are garbage."""
-    fields = scheme.fields[group * (16 // scheme.slot)]  # of slot 0
-    merged = ""
-    for plane, part in enumerate(fields):
-        aligned = writer.shift(words[part.chunk], part.bit - part.offset - scheme.base)
-        merged = writer.select(_slot_mask(scheme, plane), merged, aligned) if plane else aligned
-    return merged
+    """The units of a group, each at `scheme.base` of its slot; other bits of a slot are garbage.
+
+    The narrower planes of two groups lie in the two halves of a slot: those of 4 + 2 + 1 bits are
+    merged for both at once, in their halves.
+    """
+    wide, *narrow = scheme.fields[group * scheme.slots]  # of slot 0
+    aligned = writer.shift(words[wide.chunk], wide.bit - wide.offset - scheme.base)
+    if not narrow:
+        return aligned
+    half = scheme.slot // 2
+    merged, taken, move = "", 0, 0
+    for part in narrow:
+        target = part.offset + scheme.base
+        move = part.bit // half * half - target // half * half
+        within = part.bit % half - target % half
+        if len(narrow) == 1:
+            within, move = within + move, 0
+        word = writer.shift(words[part.chunk], within)
+        merged = writer.select(_every(taken, half), merged, word) if taken else word
+        taken |= ((1 << part.width) - 1) << target % half
+    ones = ((1 << wide.width) - 1) << (wide.offset + scheme.base)
+    return writer.select(_every(ones, scheme.slot), aligned, writer.shift(merged, move))
 
 
 def _subtract(writer: _Writer, value: str, constant: float, dtype: str) -> str:
@@ -159,88 +172,27 @@ def _floats(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[st
     return results
 
 
-def _nibble_lookup(
-    writer: _Writer, nibbles: str, wide: bool, low: list[str], high: list[str]
-) -> list[str]:
-    """Four outputs from the four nibbles of each half; tables are bytes in registers.
-
-    A byte permute looks four codes up in eight bytes, so 16 entries take two and a selection by the
-    codes' top bits, which the permute's sign mode spreads over a byte.
-    """
-    # bytes: nibbles 0, 1 of the low half, of the high half; then nibbles 2, 3
-    codes = writer.emit("prmt.b32", nibbles, nibbles, "0x3120")
-    index = writer.and_(codes, "0x77777777") if wide else codes
-    results = []
-    for pair in range(2):
-        selector = writer.shift(index, 16 * pair)
-
-        def lookup(table: list[str], selector: str = selector, pair: int = pair) -> str:
-            if not wide:
-                return writer.emit("prmt.b32", table[0], table[-1], selector)
-            left = writer.shift(codes, -4)
-            mask = writer.emit("prmt.b32", codes, left, "0xbfae" if pair else "0x9d8c")
-            lower = writer.emit("prmt.b32", table[0], table[1], selector)
-            upper = writer.emit("prmt.b32", table[2], table[3], selector)
-            return writer.select(mask, upper, lower)
-
-        low_bytes, high_bytes = lookup(low), lookup(high)
-        results += [
-            writer.emit("prmt.b32", low_bytes, high_bytes, "0x6240"),
-            writer.emit("prmt.b32", low_bytes, high_bytes, "0x7351"),
-        ]
-    return results
-
-
-def _register_table(
-    writer: _Writer, scheme: Scheme, merged: str, low: list[str], high: list[str]
-) -> list[str]:
-    if scheme.bits == 2:  # two nibble words: the even and the odd slots
-        even = writer.and_(merged, "0x33333333")
-        odd = writer.and_(writer.shift(merged, 2), "0x33333333")
-        pairs = zip(
-            _nibble_lookup(writer, even, False, low, high),
-            _nibble_lookup(writer, odd, False, low, high),
-            strict=True,
-        )
-        return [register for pair in pairs for register in pair]
-    if scheme.bits == 3:
-        merged = writer.and_(merged, "0x77777777")
-    return _nibble_lookup(writer, merged, scheme.bits == 4, low, high)
-
-
-def _shared_table(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list[str]:
-    """Lookups in shared memory: one byte permute puts a left-aligned code into the table's address,
-    which is a multiple of 256; only 8-bit codes have to be multiplied by the size of an entry."""
-    if scheme.bits < 8:
-        merged = writer.and_(merged, _slot_mask(scheme, len(scheme.planes)))
-    results = []
-    for low in (0, 1):
-        found = []
-        for byte in (low, low + 2):
-            if scheme.bits < 8:
-                place = writer.emit("prmt.b32", merged, address, f"0x765{byte}")
-            else:
-                index = writer.emit("bfe.u32", merged, str(8 * byte), "8")
-                place = writer.emit("mad.lo.u32", index, "4", address)
-            load = "ld.shared.u16" if scheme.bits == 7 else "ld.shared.b32"
-            found.append(writer.emit(load, f"[{place}]"))
-        results.append(writer.emit("prmt.b32", *found, "0x5410"))
-    return results
-
-
-def table_registers(scheme: Scheme) -> int:
-    """32-bit arguments that the table takes: registers of bytes, or one shared-memory address."""
-    if scheme.kind != "table":
-        return 0
-    return {2: 2, 3: 4, 4: 8}.get(scheme.bits, 1)
+def _lookups(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list[str]:
+    """The table's entries for the bytes of a register. A dot product of bytes takes one out,
+    multiplies it by the 128 bytes of an entry and adds the lane's address: each lane reads its own
+    bank. An entry is a half twice, of which one is taken, or the halves of two codes."""
+    found = []
+    for byte in range(4):
+        select = writer.constant(f"0x{128 << 8 * byte:08x}")
+        place = writer.emit("dp4a.u32.u32", merged, select, address)
+        found.append(writer.emit("ld.shared.b32", f"[{place}]"))
+    if scheme.paired:
+        return found
+    return [writer.emit("prmt.b32", found[slot], found[slot + 2], "0x5410") for slot in (0, 1)]
 
 
 @lru_cache(maxsize=256)
 def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
     """The PTX of one step and its constraints.
 
-    Operands: one result per output; one register of two words per chunk; then `table_registers`
-    arguments, each twice (Triton passes 32-bit arguments once per word of the pair).
+    Operands: one result per output; one register of two words per chunk; then, for tables, the
+    lane's address in shared memory, twice (Triton passes 32-bit arguments once per word of the
+    pair).
 
     Args:
         scheme: layout and kind.
@@ -248,30 +200,31 @@ def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
     """
     writer = _Writer()
     words = [f"${scheme.outputs + chunk}" for chunk in range(scheme.chunks)]
-    first = scheme.outputs + scheme.chunks
-    table = [f"${first + 2 * i}" for i in range(table_registers(scheme))]
-    low, high = table[: len(table) // 2], table[len(table) // 2 :]
+    address = f"${scheme.outputs + scheme.chunks}"
     results: list[str] = []
-    for group in range(scheme.outputs * scheme.slot // 16):
+    for group in range(scheme.outputs // scheme.slots):
         merged = _merge(writer, scheme, group, words)
-        if scheme.kind in ("int", "uint"):
-            results += _integers(writer, scheme, merged, dtype)
+        if scheme.kind == "table":
+            results += _lookups(writer, scheme, merged, address)
         elif scheme.kind == "fp":
             results += _floats(writer, scheme, merged, dtype)
-        elif scheme.bits <= REGISTER_TABLE_BITS:
-            results += _register_table(writer, scheme, merged, low, high)
         else:
-            results += _shared_table(writer, scheme, merged, table[0])
-    inputs = scheme.chunks + 2 * len(table)
+            results += _integers(writer, scheme, merged, dtype)
+    inputs = scheme.chunks + (2 if scheme.kind == "table" else 0)
     constraints = ["=r"] * scheme.outputs + ["r"] * inputs
     return writer.text(results), ",".join(constraints)
 
 
 # Copies a table into shared memory once per program and returns its address: `$1` points to 256
-# 4-byte entries. A .shared variable of an inline block lives as long as the kernel.
-SHARED_TABLE_PTX = """{
-.shared .align 256 .b32 kbit_table[256];
-.reg .b32 i, n, v, s;
+# 4-byte entries, each of which is stored once for every lane, so that 32 lanes with different codes
+# read 32 banks. A thread stores its entry in 8 pieces of 16 bytes, 8 neighbours each another piece.
+# A .shared variable of an inline block lives as long as the kernel.
+_PIECES = "".join(
+    f"xor.b32 t, s, {16 * piece};\nst.shared.v4.b32 [t], {{v, v, v, v}};\n" for piece in range(8)
+)
+SHARED_TABLE_PTX = f"""{{
+.shared .align 128 .b32 kbit_table[8192];
+.reg .b32 i, n, v, s, t;
 .reg .b64 a, o;
 .reg .pred p;
 mov.u32 i, %tid.x;
@@ -281,13 +234,14 @@ FILL:
 mul.wide.u32 o, i, 4;
 add.u64 a, $1, o;
 ld.global.nc.b32 v, [a];
-mad.lo.u32 s, i, 4, $0;
-st.shared.b32 [s], v;
-add.u32 i, i, n;
+mad.lo.u32 s, i, 128, $0;
+and.b32 t, i, 7;
+mad.lo.u32 s, t, 16, s;
+{_PIECES}add.u32 i, i, n;
 setp.lt.u32 p, i, 256;
 @p bra FILL;
 bar.sync 0;
-}"""
+}}"""
 
 SUBTRACT_PTX = {
     "fp16": "sub.rn.f16x2 $0, $1, $2;",
@@ -296,21 +250,15 @@ SUBTRACT_PTX = {
 
 
 def table_words(values: np.ndarray, scheme: Scheme, dtype: str) -> np.ndarray:
-    """The codebook fp32 `[2^k]` as int32 words for `decode_ptx`.
-
-    For registers `[words, 32 lanes]`, every lane the same: the halves' low bytes, then their high
-    bytes. (Loaded by lane, they stay out of the uniform registers, which byte permutes cannot
-    read.) For shared memory `[256]`: the entry of a code at byte `code << (8 - k)`, the half twice
-    (7 bits: once); for 8 bits at byte `4 * code`.
-    """
-    halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16)
-    if scheme.bits <= REGISTER_TABLE_BITS:
-        low, high = (halves & 0xFF).astype(np.uint8), (halves >> 8).astype(np.uint8)
-        return np.concatenate([low.view("<i4"), high.view("<i4")])[:, None].repeat(32, axis=1)
-    words = np.zeros(256, dtype=np.uint32)
-    if scheme.bits == 7:
-        words[:64] = halves.view("<u4")
-    else:
-        step = 2 if scheme.bits == 5 else 1
-        words[: step * halves.size : step] = halves.astype(np.uint32) * 0x10001
+    """The codebook fp32 `[2^k]` as the int32 `[256]` that `decode_ptx` looks up: for every byte,
+    whatever its garbage bits, the half of its code twice, or the halves of its two codes."""
+    halves = values.astype(HALF_DTYPES[dtype]).view(np.uint16).astype(np.uint32)
+    units = np.arange(256) >> scheme.base
+    low, high = np.zeros_like(units), np.zeros_like(units)
+    for part in scheme.fields[0]:
+        width, offset = part.width // scheme.unit, part.offset // scheme.unit
+        bits = (units >> part.offset) & ((1 << part.width) - 1)
+        low |= (bits & ((1 << width) - 1)) << offset
+        high |= bits >> (part.width - width) << offset
+    words: np.ndarray = halves[low] | halves[high] << np.uint32(16)
     return words.view(np.int32)

@@ -20,7 +20,7 @@ from kbit_kernels.triton.decode import (
     decode_ptx,
     table_words,
 )
-from kbit_kernels.triton.layout import COLUMNS, Scheme, rearrange, scheme_of, tile_blocks
+from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
@@ -37,7 +37,7 @@ class DeviceTensor:
         scales: by `layout.tile_blocks`.
         zeros: int8, zero minus 2^(k-1), likewise; None without a zero point.
         means: likewise; None if not centered.
-        table: int32 words of the PTX table, or the codebook in `dtype` for the plain path.
+        table: int32 `[256]` for the PTX path, or the codebook in `dtype` for the plain one.
         factor: what the decoded values are multiplied by, beside the scales.
         outlier_columns: int64 `[J]`; outliers, outlier_residual: `dtype [N, J]`, the weights of
             these columns and what they exceed the decoded codes by.
@@ -117,7 +117,7 @@ def prepare(
     if plain.means is not None:
         means = blocks(plain.means)
     if scheme.kind == "table":
-        table = make_table(plain.values(), scheme, half, use_ptx, device)
+        table = make_table(plain.values(), spec, half, use_ptx, device)
     if plain.outlier_columns is not None:
         assert plain.outliers is not None
         columns = _from_numpy(plain.outlier_columns.astype(np.int64), device)
@@ -132,7 +132,7 @@ def prepare(
         zeros=zeros,
         means=means,
         table=table,
-        factor=factor_of(scheme),
+        factor=factor_of(spec),
         outlier_columns=columns,
         outliers=outliers,
         outlier_residual=residual,
@@ -141,19 +141,22 @@ def prepare(
 
 
 def make_table(
-    values: np.ndarray, scheme: Scheme, half: str, use_ptx: bool, device: torch.device | str
+    values: np.ndarray, spec: QuantSpec, half: str, use_ptx: bool, device: torch.device | str
 ) -> torch.Tensor:
     """The codebook fp32 `[2^k]` as the kernels read it."""
+    values = values / np.float32(factor_of(spec))
     if use_ptx:
-        return _from_numpy(table_words(values, scheme, half), device)
+        return _from_numpy(table_words(values, scheme_of(spec), half), device)
     return _from_numpy(values.astype(HALF_DTYPES[half]), device)
 
 
-def factor_of(scheme: Scheme) -> float:
-    """k-bit floats are decoded with the largest value 2 - 2^-m; the codebook's is 1."""
-    if scheme.kind != "fp":
+def factor_of(spec: QuantSpec) -> float:
+    """k-bit floats are decoded with the largest value 2 - 2^-m, exact in half precision; the
+    codebook's is 1."""
+    if spec.dtype != "fp":
         return 1.0
-    return 1.0 / (2.0 - 2.0 ** -(scheme.bits - 1 - scheme.exponent))
+    assert spec.exponent is not None
+    return 1.0 / (2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
 
 
 def _outlier_residual(tensor: QuantizedTensor) -> np.ndarray:
@@ -232,6 +235,14 @@ def launch_warps(warps: int, amd: bool) -> int:
     return max(1, warps // 2) if amd else warps
 
 
+def launch_options(spec: QuantSpec, config: Config, amd: bool) -> dict[str, int]:
+    """Triton's options for `kernels.linear_kernel`."""
+    options = {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
+    if spec.bits == 5 and scheme_of(spec).kind == "table" and config.rows_x == 8 and not amd:
+        options["maxnreg"] = 128  # left alone, ptxas spills two of them to get by with 48
+    return options
+
+
 class Workspace:
     """Partial sums and arrival counters of split-K, one per device; counters stay at zero between
     calls, because the last program of each output sets its own back."""
@@ -305,8 +316,7 @@ def fused_linear(
         tiles,
         HAS_EXTRA=extra is not None,
         HAS_BIAS=bias is not None,
-        num_warps=launch_warps(config.warps_n * config.warps_k, torch.version.hip is not None),
-        num_stages=1,
+        **launch_options(kernel_spec(weight.spec), config, torch.version.hip is not None),
         **linear_constants(
             kernel_spec(weight.spec), DTYPE_NAMES[weight.dtype], weight.use_ptx, config, K
         ),
@@ -342,6 +352,13 @@ def dequantize(weight: DeviceTensor, out: torch.Tensor | None = None) -> torch.T
     return out
 
 
+def dequantized_linear(
+    x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`x [M, K]` -> `[M, N]` by cuBLAS, from weights dequantized for the call."""
+    return torch.nn.functional.linear(x, dequantize(weight), bias)
+
+
 def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x [..., K] @ weights [N, K].T + bias [N]` -> `[..., N]` in x's dtype.
 
@@ -362,7 +379,7 @@ def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = No
         return x.new_zeros((*x.shape[:-1], N))
     config = choose(weight.spec, rows.shape[0], N, K, weight.device)
     if config is None:
-        result = torch.nn.functional.linear(rows, dequantize(weight), bias)
+        result = dequantized_linear(rows, weight, bias)
     else:
         result = fused_linear(rows.contiguous(), weight, config, bias)
     return result.reshape(*x.shape[:-1], N)

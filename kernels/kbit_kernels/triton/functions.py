@@ -5,7 +5,10 @@
 import triton
 import triton.language as tl
 
+from kbit_kernels.triton import layout
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+PAIRED_BITS = tl.constexpr(layout.PAIRED_BITS)
 
 
 @triton.jit
@@ -36,6 +39,21 @@ def ends_block(subtile, output, subtiles, block):
 
 
 @triton.jit
+def _pairs(words):
+    """The 32-bit pairs of a chunk's words."""
+    R: tl.constexpr = words.shape[0]
+    W: tl.constexpr = words.shape[1]
+    low, high = tl.split(words.to(tl.int32).reshape(R, W, 32, 4, 2))
+    return (low & 0xFFFF) | (high << 16)
+
+
+@triton.jit
+def _bits(word, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
+    """The lowest WIDTH bits, from bit OFFSET on."""
+    return (word & ((1 << WIDTH) - 1)) << OFFSET
+
+
+@triton.jit
 def _decode_plain(
     words,
     table_ptr,
@@ -47,11 +65,21 @@ def _decode_plain(
     DT: tl.constexpr,
 ):
     """Output OUTPUT of a sub-tile: what `decode.decode_ptx` computes, in plain Triton."""
-    code = tl.zeros(words[0].shape, tl.int32)
-    for p in tl.static_range(len(FIELDS[OUTPUT])):
-        # a field is (chunk, bit, width, offset)
-        word = words[FIELDS[OUTPUT][p][0]].to(tl.int32) >> FIELDS[OUTPUT][p][1]
-        code |= (word & ((1 << FIELDS[OUTPUT][p][2]) - 1)) << FIELDS[OUTPUT][p][3]
+    # a field is (chunk, bit, width, offset)
+    if KIND == "table" and BITS <= PAIRED_BITS:
+        low = tl.zeros(_pairs(words[0]).shape, tl.int32)
+        high = low
+        for p in tl.static_range(len(FIELDS[OUTPUT])):
+            pair = _pairs(words[FIELDS[OUTPUT][p][0]]) >> FIELDS[OUTPUT][p][1]
+            low |= _bits(pair, FIELDS[OUTPUT][p][2] // 2, FIELDS[OUTPUT][p][3] // 2)
+            pair = pair >> (FIELDS[OUTPUT][p][2] // 2)
+            high |= _bits(pair, FIELDS[OUTPUT][p][2] // 2, FIELDS[OUTPUT][p][3] // 2)
+        code = tl.join(low, high).reshape(words[0].shape)
+    else:
+        code = tl.zeros(words[0].shape, tl.int32)
+        for p in tl.static_range(len(FIELDS[OUTPUT])):
+            word = words[FIELDS[OUTPUT][p][0]].to(tl.int32) >> FIELDS[OUTPUT][p][1]
+            code |= _bits(word, FIELDS[OUTPUT][p][2], FIELDS[OUTPUT][p][3])
     if KIND == "table":
         value = tl.load(table_ptr + code)
     elif KIND == "fp":
@@ -99,20 +127,14 @@ def decode(
 
 
 @triton.jit
-def table(table_ptr, BITS: tl.constexpr, KIND: tl.constexpr, FILL: tl.constexpr):
-    """The arguments that the PTX takes for its table: registers, or a shared-memory address."""
+def table(table_ptr, KIND: tl.constexpr, FILL: tl.constexpr):
+    """What the PTX takes for its table: each lane's address of it in shared memory."""
     registers = ()
     if KIND == "table" and FILL != "":
-        if BITS <= 4:
-            lane = tl.arange(0, 32)[None, None, :, None]
-            for i in tl.static_range(max(2, (1 << BITS) // 2)):
-                registers = registers + (tl.load(table_ptr + i * 32 + lane),)
-        else:
-            registers = (
-                tl.inline_asm_elementwise(
-                    FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-                ),
-            )
+        address = tl.inline_asm_elementwise(
+            FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        )
+        registers = (address + tl.arange(0, 32)[None, None, :, None] * 4,)
     return registers
 
 

@@ -85,7 +85,7 @@ def linear_kernel(
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_s = tl.program_id(2)
-    registers = table(table_ptr, BITS, KIND, FILL)
+    registers = table(table_ptr, KIND, FILL)
 
     warp4 = tl.arange(0, W)[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]
@@ -269,7 +269,7 @@ def dequantize_kernel(
     DT: tl.constexpr = out_ptr.dtype.element_ty
     OUTPUTS: tl.constexpr = len(FIELDS)
     BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
-    registers = table(table_ptr, BITS, KIND, FILL)
+    registers = table(table_ptr, KIND, FILL)
     band = tl.program_id(0)
     warp4 = tl.arange(0, W)[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]

@@ -10,19 +10,24 @@ in which bit fields of several columns lie (below). That is the left operand of 
 instruction m16n8k16, so the words are decoded where they arrive: no shared memory, no shuffle.
 
 A k-bit code is cut into fields of width 8, 4, 2, 1 (`planes`), the widest field holding the *low*
-bits (the high bits for tables in shared memory, whose codes are byte addresses, left-aligned): then
-part of the groups need no shift. The narrowest field has width f, so a word of that plane
-holds 16/f codes: 16/f *outputs* j, each a 16 x 16 operand. The tile is f sub-tiles of 256/f
-columns, and in a sub-tile output j of lane t, word column i is the column
+bits (the high bits where codes are left-aligned in their slots): then part of the groups need no
+shift. The narrowest field has width f, so a word of that plane holds 16/f codes: 16/f *outputs* j,
+each a 16 x 16 operand. The tile is f sub-tiles of 256/f columns, and in a sub-tile output j of lane
+t, word column i is the column
 
     span 2 (blocks of 32 and more):  32 * (j // 2) + 8 * t + 4 * (j % 2) + i
     span 1 (blocks of 16):           16 * j        + 4 * t               + i
 
 so that the activations of two outputs are one 128-bit load. Within a word, codes lie in slots of
 s = 2, 4 or 8 bits (the smallest that holds k), 16/s slots a word; output j is slot `j % (16/s)` of
-group `j // (16/s)`. In the plane of width w a word has room for s/w groups: the field of group `u`
-(modulo s/w) and slot `i` lies at bit `i * s + u * w`, and every s/w groups begin the next chunk.
-The chunks of a sub-tile follow each other, widest plane first.
+group `j // (16/s)`. In the plane of width w a word has room for s/w groups, and every s/w groups
+begin the next chunk. Two groups share the halves of a slot: where one has its widest field in the
+lower half, the other has its narrower fields there, so that one merge of the narrower planes serves
+both (`Scheme.fields`). The chunks of a sub-tile follow each other, widest plane first.
+
+Codes of tables with up to 4 bits are looked up in twos. All of the above then holds for *units* of
+2k bits in the 32-bit pair of words i and i + 1 (i even), with planes twice as wide and slots of 8
+bits: a plane's field is that of column i's code, and above it that of column i + 1.
 """
 
 from dataclasses import dataclass
@@ -39,7 +44,7 @@ if TYPE_CHECKING:
 
 ROWS, COLUMNS = 16, 256  # of a tile
 CHUNK_WORDS = 256  # 16-bit words of one chunk: 512 bytes
-REGISTER_TABLE_BITS = 4
+PAIRED_BITS = 4  # the widest codes of which a byte holds two
 _CODES_AT_A_TIME = 1 << 24
 
 Kind = Literal["int", "uint", "fp", "table"]
@@ -48,7 +53,7 @@ Kind = Literal["int", "uint", "fp", "table"]
 @dataclass(frozen=True)
 class Field:
     """The field of one output in one plane: `(word[chunk] >> bit) & (2^width - 1)`, which are the
-    bits `offset` and up of the code."""
+    bits `offset` and up of the code (or of the unit of two codes, of a pair of words)."""
 
     chunk: int
     bit: int
@@ -94,34 +99,51 @@ class Scheme:
         return self.bits // self.subtiles
 
     @property
+    def paired(self) -> bool:
+        """Whether two codes are looked up at once."""
+        return self.kind == "table" and self.bits <= PAIRED_BITS
+
+    @property
+    def unit(self) -> int:
+        """Codes that are decoded at once from one slot."""
+        return 2 if self.paired else 1
+
+    @property
     def slot(self) -> int:
         """Bits of a slot."""
+        if self.kind == "table":
+            return 8
         return 2 if self.bits == 2 else 4 if self.bits <= 4 else 8
 
     @property
-    def in_shared_memory(self) -> bool:
-        """Whether codes index a table in shared memory; up to 16 entries lie in registers."""
-        return self.kind == "table" and self.bits > REGISTER_TABLE_BITS
+    def slots(self) -> int:
+        """Slots of a word, or of a pair of words: the outputs of a group."""
+        return self.unit * 16 // self.slot
 
     @property
     def base(self) -> int:
-        """Bit of its slot at which a merged code begins: 0, or as far left as the slot has room."""
-        return self.slot - self.bits if self.kind == "fp" or self.in_shared_memory else 0
+        """Bit of its slot at which a merged unit begins: 0, or as far left as the slot has room."""
+        left = self.kind in ("fp", "table")
+        return self.slot - self.unit * self.bits if left else 0
 
     @cached_property
     def fields(self) -> tuple[tuple[Field, ...], ...]:
         """Per output, its field in each plane, widest plane first."""
-        slots = 16 // self.slot
+        half = self.slot // 2
         result = []
         for output in range(self.outputs):
-            group, slot = divmod(output, slots)
+            group, slot = divmod(output, self.slots)
             row, first_chunk, low = [], 0, 0
-            for width in self.planes:
-                chunk, unit = divmod(group, self.slot // width)
-                bit = slot * self.slot + unit * width
-                offset = self.bits - low - width if self.in_shared_memory else low
+            for plane, plane_width in enumerate(self.planes):
+                width = self.unit * plane_width
+                chunk, place = divmod(group, self.slot // width)
+                unit, upper = divmod(place, 2)
+                # the first group of two has its fields where a merged unit has them
+                upper ^= (plane > 0) ^ (self.base > 0)
+                bit = slot * self.slot + (unit * width + half * upper if width < self.slot else 0)
+                offset = self.unit * self.bits - low - width if self.base else low
                 row.append(Field(first_chunk + chunk, bit, width, offset))
-                first_chunk += width // self.subtiles
+                first_chunk += plane_width // self.subtiles
                 low += width
             result.append(tuple(row))
         return tuple(result)
@@ -133,8 +155,8 @@ def kind_of(spec: QuantSpec) -> Kind:
         return "int"
     if spec.dtype == "uint":
         return "uint"
-    # below 4 bits a register lookup costs less; above 4 exponent bits a half's exponent overflows
-    if spec.dtype == "fp" and spec.bits >= 4 and (spec.exponent or 0) <= 4:
+    # two lookups at once cost less; above 4 exponent bits a half's exponent overflows
+    if spec.dtype == "fp" and spec.bits > PAIRED_BITS and (spec.exponent or 0) <= 4:
         return "fp"
     return "table"
 
@@ -193,15 +215,21 @@ def tile_words(codes: "torch.Tensor", scheme: Scheme) -> "torch.Tensor":
     order = (0, 3, 4, 5, 7, 2, 6, 1, 8)  # -> band, tile, subtile, output, (g, t, r, i)
     lanes = codes.reshape(shape).permute(order)
     lanes = lanes.reshape(bands, tiles, scheme.subtiles, outputs, CHUNK_WORDS).to(torch.int32)
+    unit = scheme.unit
     words = torch.zeros(
-        (bands, tiles, scheme.subtiles, scheme.chunks, CHUNK_WORDS),
+        (bands, tiles, scheme.subtiles, scheme.chunks, CHUNK_WORDS // unit),
         dtype=torch.int32,
         device=codes.device,
     )
     for output, fields in enumerate(scheme.fields):
+        each = lanes[:, :, :, output].unflatten(-1, (-1, unit))  # [..., words, codes of a unit]
         for field in fields:
-            part = (lanes[:, :, :, output] >> field.offset) & ((1 << field.width) - 1)
-            words[:, :, :, field.chunk] |= part << field.bit
+            width = field.width // unit
+            part = (each >> (field.offset // unit)) & ((1 << width) - 1)
+            for code in range(unit):
+                words[:, :, :, field.chunk] |= part[..., code] << (field.bit + code * width)
+    if unit == 2:
+        words = torch.stack([words, words >> 16], dim=-1)
     return words.to(torch.int16).reshape(bands, tiles, scheme.bits * CHUNK_WORDS)
 
 

@@ -1,28 +1,43 @@
-"""Timing on a GPU: CUDA graphs over rotating weights, everything to compare interleaved."""
+"""Timing on a GPU: CUDA graphs over rotating weights, everything to compare interleaved.
 
+On "cpu", under Triton's interpreter, the same code runs uncaptured on the host's clock, so that
+what measures can be tried where there is no GPU; such times mean nothing.
+"""
+
+import time
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import median
 
+import numpy as np
 import torch
 
 from kbit_kernels.formats import codebook_of
 from kbit_kernels.spec import QuantSpec
+from kbit_kernels.triton.configs import gpu_class, heuristic, most_rows
 from kbit_kernels.triton.device import (
     DTYPE_NAMES,
     DeviceTensor,
+    dequantized_linear,
     factor_of,
+    fused_linear,
     kernel_spec,
     make_table,
 )
 from kbit_kernels.triton.layout import CHUNK_WORDS, COLUMNS, padded, scheme_of
 
+CROSS_OVERS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of x, tried in this order
 COLD_BYTES = 256 << 20  # a round touches more than any second-level cache holds
 
 
 def random_weight(
-    spec: QuantSpec, shape: tuple[int, int], dtype: torch.dtype = torch.float16
+    spec: QuantSpec,
+    shape: tuple[int, int],
+    dtype: torch.dtype = torch.float16,
+    device: str = "cuda",
 ) -> DeviceTensor:
-    """A matrix of random codes on the GPU: for timing, and shaped like `prepare` makes them."""
+    """A matrix of random codes on the device: for timing, and shaped like `prepare` makes them."""
+    use_ptx = device != "cpu" and torch.version.hip is None
     rows, columns = shape
     bands, tiles = padded(rows, columns)
     half, kernel = DTYPE_NAMES[dtype], kernel_spec(spec)
@@ -32,16 +47,18 @@ def random_weight(
 
     def blocks(scale: float) -> torch.Tensor:
         shape = groups or (bands * 16,)
-        return torch.rand(shape, device="cuda").mul_(scale).to(torch.float16)
+        return torch.rand(shape, device=device).mul_(scale).to(torch.float16)
 
-    codebook = codebook_of(spec)
     table = None
-    if scheme.kind == "table" and codebook is not None:
-        table = make_table(codebook, scheme, half, torch.version.hip is None, "cuda")
-    words = torch.empty((bands, tiles, spec.bits * CHUNK_WORDS), dtype=torch.int16, device="cuda")
+    if scheme.kind == "table":
+        codebook = codebook_of(spec)
+        if codebook is None:  # learned ones cost the same, whatever is in them
+            codebook = np.linspace(-1, 1, 1 << spec.bits, dtype=np.float32)
+        table = make_table(codebook, kernel, half, use_ptx, device)
+    words = torch.empty((bands, tiles, spec.bits * CHUNK_WORDS), dtype=torch.int16, device=device)
     zeros = None
     if scheme.kind == "uint":
-        zeros = torch.zeros(groups or (bands * 16,), dtype=torch.int8, device="cuda")
+        zeros = torch.zeros(groups or (bands * 16,), dtype=torch.int8, device=device)
     return DeviceTensor(
         spec=spec,
         shape=shape,
@@ -51,11 +68,11 @@ def random_weight(
         zeros=zeros,
         means=blocks(0.01) if kernel.center else None,
         table=table,
-        factor=factor_of(scheme),
+        factor=factor_of(kernel),
         outlier_columns=None,
         outliers=None,
         outlier_residual=None,
-        use_ptx=torch.version.hip is None,
+        use_ptx=use_ptx,
     )
 
 
@@ -70,17 +87,37 @@ class Timed:
     Replaying leaves no launch overhead in the time; each call should use weights of its own.
     """
 
-    def __init__(self, calls: Sequence[Callable[[], object]]) -> None:
+    def __init__(self, calls: Sequence[Callable[[], object]], device: str = "cuda") -> None:
         self.calls = len(calls)
+        if device == "cpu":
+            self.replay: Callable[[], object] = lambda: [call() for call in calls]
+            self.us = self._host_us
+            return
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and fills allocator and library caches
             calls[0]()
             calls[0]()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.kept = [call() for call in calls]
+        self.replay = graph.replay
+        self.us = self._device_us
+
+    def _device_us(self) -> float:
+        start = torch.cuda.Event(enable_timing=True)
+        stop = torch.cuda.Event(enable_timing=True)
+        start.record()
+        self.replay()
+        stop.record()
+        stop.synchronize()
+        return start.elapsed_time(stop) * 1e3 / self.calls
+
+    def _host_us(self) -> float:
+        started = time.perf_counter()
+        self.replay()
+        return (time.perf_counter() - started) * 1e6 / self.calls
 
 
 def medians_us(timed: Mapping[str, Timed], rounds: int = 15) -> dict[str, float]:
@@ -88,22 +125,42 @@ def medians_us(timed: Mapping[str, Timed], rounds: int = 15) -> dict[str, float]
     neighbour that wakes up then meets all of them."""
     found: dict[str, list[float]] = {name: [] for name in timed}
     for entry in timed.values():
-        entry.graph.replay()
+        entry.replay()
     for _ in range(rounds):
         for name, entry in timed.items():
-            start = torch.cuda.Event(enable_timing=True)
-            stop = torch.cuda.Event(enable_timing=True)
-            start.record()
-            entry.graph.replay()
-            stop.record()
-            stop.synchronize()
-            found[name].append(start.elapsed_time(stop) * 1e3 / entry.calls)
+            found[name].append(entry.us())
     return {name: median(values) for name, values in found.items()}
 
 
-def copy_bandwidth_gb_s() -> float:
+def copy_bandwidth_gb_s(nbytes: int = 1 << 30, device: str = "cuda") -> float:
     """Bytes read plus written per second of a large device-to-device copy."""
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda").fill_(1)
+    source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    us = medians_us({"copy": Timed([lambda: target.copy_(source)])})["copy"]
+    us = medians_us({"copy": Timed([lambda: target.copy_(source)], device)})["copy"]
     return 2 * source.nbytes / us / 1e3
+
+
+def cross_over_rows(
+    spec: QuantSpec, shape: tuple[int, int], device: str = "cuda", rounds: int = 7
+) -> int:
+    """The most rows of x up to which the fused kernel is no slower than dequantizing and cuBLAS,
+    among CROSS_OVERS (0: never)."""
+    n, k = shape
+    where = torch.device(device)
+    gpu, sms = gpu_class(where)
+    first = random_weight(spec, shape, device=device)
+    count = copies(first.nbytes) if device != "cpu" else 1
+    weights = [first, *(random_weight(spec, shape, device=device) for _ in range(count - 1))]
+    most = 0
+    for rows in CROSS_OVERS:
+        x = torch.randn((rows, k), dtype=torch.float16, device=device)
+        config = heuristic(rows, n, k, gpu, sms, most_rows(spec))
+        ways = {
+            "fused": [partial(fused_linear, x, weight, config) for weight in weights],
+            "dense": [partial(dequantized_linear, x, weight) for weight in weights],
+        }
+        us = medians_us({name: Timed(calls, device) for name, calls in ways.items()}, rounds)
+        if us["fused"] > us["dense"]:
+            break
+        most = rows
+    return most

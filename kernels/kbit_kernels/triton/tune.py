@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from statistics import median_low
 
 import torch
 
@@ -22,7 +23,7 @@ from kbit_kernels.triton.configs import (
     write,
 )
 from kbit_kernels.triton.device import DeviceTensor, fused_linear
-from kbit_kernels.triton.measure import Timed, copies, medians_us, random_weight
+from kbit_kernels.triton.measure import Timed, copies, cross_over_rows, medians_us, random_weight
 
 Shape = tuple[int, int]
 
@@ -91,3 +92,13 @@ def tune(
         write(tuned_path(), gpu, {key: as_entry(found.config, f"tuned, {found.us:.1f} us")})
         yield found
     progress(len(jobs), len(jobs), "done")
+
+
+def tune_cross_over(specs: Iterable[QuantSpec], shapes: Iterable[Shape]) -> int:
+    """Measure from how many rows of x on dequantizing and cuBLAS is faster, save the median over
+    specs and shapes, and return it."""
+    gpu, _ = gpu_class(torch.device("cuda", torch.cuda.current_device()))
+    found = [cross_over_rows(spec, shape) for spec in specs for shape in shapes]
+    rows = median_low(found)
+    write(tuned_path(), gpu, {}, cross_over_rows=rows)
+    return rows

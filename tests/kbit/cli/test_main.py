@@ -100,6 +100,7 @@ def test_debug_shows_the_traceback(tmp_path: Path) -> None:
         (kbit.KbitError("two\nlines"), "kbit: two lines", 2),
         (OSError(28, "No space left on device", "out.bin"), "out.bin: No space left", 2),
         (MemoryError(), "not enough memory", 2),
+        (type("OutOfMemoryError", (RuntimeError,), {})("CUDA"), "GPU has not enough memory", 2),
         (RuntimeError("odd"), "inside kbit (RuntimeError: odd)", 2),
         (KeyboardInterrupt(), "kbit: interrupted", 2),
     ],

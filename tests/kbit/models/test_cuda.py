@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,12 @@ import torch
 
 import kbit
 from kbit.checkpoint.reader import open_checkpoint
-from kbit.engine.cuda_executor import SMALLEST_SPAN, CudaExecutor
+from kbit.engine.cuda_executor import CudaExecutor
 from kbit.engine.cuda_layers import stack
+from kbit.engine.cuda_sampler import choose
 from kbit.engine.executor import load_executor
+from kbit.engine.generate import Options, generate
+from kbit.engine.sampler import GREEDY, Sampler, Sampling
 from kbit.engine.torch_executor import TorchExecutor
 from kbit.errors import KbitError
 from kbit.models import describe_checkpoint
@@ -36,6 +40,13 @@ def pair(tiny: Tiny) -> tuple[TorchExecutor, CudaExecutor]:
     )
 
 
+class Letters:
+    """As much of a tokenizer as generating needs."""
+
+    def decode(self, ids: Sequence[int], **options: Any) -> str:
+        return "".join(chr(0x4E00 + i) for i in ids)
+
+
 def test_decode_steps_are_the_ordinary_ones(tiny: Tiny) -> None:
     plain, static = pair(tiny)
     rng = np.random.default_rng(0)
@@ -52,17 +63,98 @@ def test_decode_steps_are_the_ordinary_ones(tiny: Tiny) -> None:
             np.testing.assert_allclose(row, wanted, atol=1e-5 * np.abs(wanted).max(), rtol=1e-5)
 
 
-def test_steps_grow_with_the_cache(tiny_model: Callable[[str], Tiny]) -> None:
-    plain, static = pair(tiny_model("llama"))
-    prompt = np.random.default_rng(0).integers(0, 101, SMALLEST_SPAN - 1)
-    caches = [executor.new_cache(1, SMALLEST_SPAN + 20) for executor in (plain, static)]
+def test_sequences_without_a_token_are_left_alone(tiny: Tiny) -> None:
+    plain, static = pair(tiny)
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 101, length) for length in (3, 6, 4)]
+    caches = [executor.new_cache(3, 7) for executor in (plain, static)]
     for executor, cache in zip((plain, static), caches, strict=True):
-        executor.forward([prompt], cache)
-    for token in range(3):  # the second goes to the first position of the next span
-        expected = plain.forward([np.array([token])], caches[0])[0]
-        found = static.forward([np.array([token])], caches[1])[0]
-        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
-    assert sorted(static._steps[caches[1]]) == [SMALLEST_SPAN, SMALLEST_SPAN + 20]
+        executor.forward(prompts, cache)
+    # the second sequence is full after one token; then it and the third pause; then one goes on
+    for counts in ((1, 1, 1), (1, 0, 0), (0, 0, 1), (1, 0, 1)):
+        tokens = [rng.integers(0, 101, count) for count in counts]
+        expected = plain.forward(tokens, caches[0])
+        found = static.forward(tokens, caches[1])
+        assert caches[0].lengths == caches[1].lengths
+        for row, wanted in zip(found, expected, strict=True):
+            assert row.shape == wanted.shape
+            if wanted.size:
+                atol = 1e-5 * np.abs(wanted).max()
+                np.testing.assert_allclose(row, wanted, atol=atol, rtol=1e-5)
+
+
+def test_arenas_are_used_again(tiny_model: Callable[[str], Tiny]) -> None:
+    plain, static = pair(tiny_model("llama"))
+    cache = static.new_cache(3, 20)
+    step = cache.step
+    assert cache.keys[0].shape[0] == 3
+    static.forward([np.arange(5)] * 3, cache)
+    static.forward([np.array([7])] * 3, cache)
+    del cache
+    other = static.new_cache(3, 40)
+    assert other.step is step
+    assert static.new_cache(4, 40).step is not step  # while the first is in use
+    assert other.lengths == [0, 0, 0]
+    expected = plain.forward([np.array([9])] * 3, plain.new_cache(3, 40))
+    found = static.forward([np.array([9])] * 3, other)
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max(), rtol=1e-5)
+    with pytest.raises(KbitError, match="1 or more, not 0"):
+        static.new_cache(0, 5)
+
+
+OPTIONS = [
+    {"temperature": 0.0},
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 0.9, "min_p": 0.1},
+    {"temperature": 2.0, "top_k": 40, "top_p": 0.9, "min_p": 0.01},
+    {"temperature": 0.5, "top_k": 1000},
+]
+
+
+def test_choices_on_the_device_are_those_of_the_host() -> None:
+    rng = np.random.default_rng(0)
+    here = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(OPTIONS)]
+    there = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(OPTIONS)]
+    for _ in range(200):
+        logits = (rng.standard_normal((len(OPTIONS), 300)) * 3).astype(np.float32)
+        logits[:, 17] = logits[:, 4]  # ties
+        found = choose(torch.from_numpy(logits), [sampler.draw() for sampler in there]).tolist()
+        expected = [s.choose(row).token for s, row in zip(here, logits, strict=True)]
+        assert [int(token) for token, _ in found] == expected
+        np.testing.assert_array_equal([largest for _, largest in found], logits.max(1))
+
+
+def test_broken_logits_are_found_on_the_device() -> None:
+    logits = torch.zeros(1, 8)
+    logits[0, 3] = torch.nan
+    ((token, largest),) = choose(logits, [GREEDY]).tolist()
+    with pytest.raises(KbitError, match="damaged"):
+        Sampler(Sampling(), seed=0).accept(int(token), largest)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_generation_samples_on_the_device(
+    tiny_model: Callable[[str], Tiny], temperature: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executors = pair(tiny_model("llama"))
+    calls = []
+    sample = CudaExecutor.sample
+    monkeypatch.setattr(CudaExecutor, "sample", lambda *args: calls.append(1) or sample(*args))
+    options = Options(
+        max_tokens=12, n=2, sampling=Sampling(temperature=temperature, top_p=0.9, seed=5)
+    )
+    prompts = [np.arange(3), np.arange(20, 31), np.array([50])]
+    eos = frozenset(range(0, 101, 9))  # some sequences end before others
+    found = []
+    for executor in executors:
+        pieces = generate(executor, Letters(), prompts, options, eos=eos)
+        done = [piece.completion for piece in pieces if piece.completion is not None]
+        found.append({(c.prompt, c.sample): (c.tokens, c.finish_reason) for c in done})
+    assert found[0] == found[1]
+    assert len(found[0]) == 6
+    assert calls
 
 
 @pytest.mark.parametrize("text", ["int4-b64", "uint3-b32-dq", "nf4-row-bf16-center"])
@@ -149,6 +241,55 @@ print("the same")
 """
 
 
+ATTEND = """
+import numpy as np, torch
+from types import SimpleNamespace
+from kbit.engine import cuda_kernels, torch_attention
+from kbit.engine.torch_attention import Step, TorchAttention
+
+torch.manual_seed(0)
+cuda_kernels.gpu_class = lambda device: ("", 132)  # many parts of the positions
+
+def case(H, G, D, capacity, positions, dtype=torch.float16, cache=None, **options):
+    B = len(positions)
+    a = SimpleNamespace(scale=D**-0.5, softcap=None, window=None)
+    vars(a).update(options)
+    slopes = torch.rand(H) if options.get("alibi") else None
+    q = torch.randn(B, H, D).to(dtype)
+    keys, values = torch.randn(2, B, G, capacity, D).to(cache or dtype)
+    at = torch.tensor(positions)
+    for b, position in enumerate(positions):  # what nobody may read
+        keys[b, :, position + 1 :] = values[b, :, position + 1 :] = float("nan")
+    for most in (1, 4, 16):
+        attend = cuda_kernels.Attend(a, slopes)
+        attend.most_splits = most
+        for _ in range(2):  # the second call finds the counters of the first
+            found = attend(q, keys, values, at).float()
+        j = torch.arange(capacity)
+        distance = at[:, None, None] - j
+        reference = SimpleNamespace(_attention=a, _slopes=slopes)
+        clean = [torch.nan_to_num(x).float() for x in (keys, values)]
+        expected = TorchAttention._explicit(reference, q.float()[:, :, None], *clean, distance)
+        expected = expected[:, :, 0]
+        error = (found - expected).abs().max().item()
+        assert error < (2e-3 if dtype == torch.float16 else 2e-2), (error, most, options)
+
+case(8, 2, 16, 300, [0, 299, 64, 63])
+case(4, 4, 40, 130, [129, 5])
+case(6, 1, 24, 70, [69], window=9)
+case(6, 3, 32, 200, [150, 3], window=65, softcap=5.0)
+case(6, 2, 16, 90, [80, 40], alibi=True)
+case(20, 1, 16, 90, [80, 64], dtype=torch.bfloat16, cache=torch.float32)
+print("the same")
+"""
+
+
+def test_attention_kernel() -> None:
+    pytest.importorskip("triton")
+    done = interpreted(ATTEND)
+    assert done.stdout == "the same\n", done.stderr
+
+
 def interpreted(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", script, *arguments],
@@ -199,9 +340,17 @@ def test_small_kernels_compile() -> None:
         "positions_ptr": i64,
         "sequences_ptr": i64,
         "eps": "fp32",
+        "scale": "fp32",
+        "softcap": "fp32",
+        "slopes_ptr": f32,
+        "partial_ptr": f32,
+        "counter_ptr": "*i32",
     }
     heads = {"H": 6, "G": 2, "D": 64, "HALF": 24, "BLOCK": 64}
+    attend = {"G": 8, "R": 4, "D": 128, "WINDOW": 0, "HAS_SOFTCAP": False, "HAS_SLOPES": False}
+    attend |= {"SPLITS": 16, "ROWS": 16, "BLOCK_D": 128, "BLOCK_S": 64}
     cases = [
+        (cuda_kernels._attend_kernel, attend),
         (cuda_kernels._rms_norm_kernel, {"BLOCK": 1024}),
         (cuda_kernels._place_kernel, heads),
         *(

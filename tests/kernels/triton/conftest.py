@@ -40,4 +40,4 @@ def interpreted() -> Iterator[Run]:
 
     yield run
     process.stdin.close()
-    process.wait(timeout=30)
+    process.wait()

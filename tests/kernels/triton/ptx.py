@@ -40,6 +40,13 @@ def _prmt(a: U32, b: U32, selector: U32) -> U32:
     return out
 
 
+def _bytes(a: U32, b: U32) -> U32:
+    """The dot product of four unsigned bytes."""
+    shifts = [np.uint32(8 * byte) for byte in range(4)]
+    ones = np.uint32(0xFF)
+    return sum(((a >> s & ones) * (b >> s & ones) for s in shifts), np.zeros_like(a))
+
+
 def _arithmetic(operation: Callable[..., np.ndarray], dtype: Any) -> Callable[..., U32]:
     def run(*operands: U32) -> U32:
         values = [_halves(operand, dtype).astype(np.float64) for operand in operands]
@@ -57,8 +64,7 @@ INSTRUCTIONS: dict[str, Callable[..., U32]] = {
     "and.b32": lambda a, b: a & b,
     "lop3.b32": _lop3,
     "prmt.b32": _prmt,
-    "bfe.u32": lambda a, start, width: (a >> start) & ((np.uint32(1) << width) - np.uint32(1)),
-    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "dp4a.u32.u32": lambda a, b, c: c + _bytes(a, b),
     "sub.rn.f16x2": _arithmetic(lambda a, b: a - b, np.float16),
     "mul.rn.f16x2": _arithmetic(lambda a, b: a * b, np.float16),
     "fma.rn.bf16x2": _arithmetic(lambda a, b, c: a * b + c, ml_dtypes.bfloat16),
@@ -85,12 +91,56 @@ def run(text: str, inputs: Sequence[U32], outputs: int, shared: U32 | None = Non
         match = re.fullmatch(r"(\S+) ([$\w]+), (.*);", line)
         assert match is not None, line
         opcode, target, operands = match[1], match[2], match[3].split(", ")
-        if opcode in ("ld.shared.b32", "ld.shared.u16"):
+        if opcode == "ld.shared.b32":
             assert shared is not None
-            size, words = (4, shared) if opcode.endswith("b32") else (2, shared.view(np.uint16))
             address = read(operands[0].strip("[]"))
-            assert not (address % size).any()
-            registers[target] = words[address // size].astype(np.uint32)
+            assert not (address % 4).any()
+            registers[target] = shared[address // 4]
         else:
             registers[target] = INSTRUCTIONS[opcode](*map(read, operands))
     return [registers[f"${i}"] for i in range(outputs)]
+
+
+def fill(text: str, threads: int, entries: U32) -> U32:
+    """Shared memory after `threads` threads have run the block that fills it, one by one."""
+    body = [line.strip() for line in text.strip("{}\n").splitlines()]
+    shared = np.zeros(8192, dtype=np.uint32)
+    for thread in range(threads):
+        values = {"%tid.x": thread, "%ntid.x": threads, "kbit_table": 0, "$1": 0}
+
+        def read(operand: str, values: dict[str, int] = values) -> int:
+            return int(operand) if operand.isdigit() else values[operand.strip("[]")]
+
+        at = 0
+        while at < len(body):
+            line = body[at]
+            at += 1
+            if line.startswith(".") or line in ("FILL:", "bar.sync 0;"):
+                continue
+            if line == "@p bra FILL;":
+                at = body.index("FILL:") if values["p"] else at
+                continue
+            opcode, rest = line.rstrip(";").split(" ", 1)
+            target, *operands = rest.split(", ")
+            if opcode == "st.shared.v4.b32":
+                address = read(target)
+                assert address % 16 == 0
+                names = [operand.strip("{}") for operand in operands]
+                shared[address // 4 : address // 4 + 4] = [read(name) for name in names]
+            elif opcode == "ld.global.nc.b32":
+                values[target] = int(entries[read(operands[0]) // 4])
+            else:
+                values[target] = _SCALARS[opcode](*map(read, operands))
+    return shared
+
+
+_SCALARS: dict[str, Callable[..., int]] = {
+    "mov.u32": lambda a: a,
+    "mul.wide.u32": lambda a, b: a * b,
+    "add.u64": lambda a, b: a + b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "and.b32": lambda a, b: a & b,
+    "xor.b32": lambda a, b: a ^ b,
+    "setp.lt.u32": lambda a, b: a < b,
+}

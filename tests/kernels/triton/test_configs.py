@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("torch")
 
 from kbit_kernels import QuantSpec
+from kbit_kernels.errors import KbitError
 from kbit_kernels.triton import available, configs
 from kbit_kernels.triton.configs import Config
 
@@ -74,6 +75,23 @@ def test_many_rows_go_to_cublas(cache: Path) -> None:
         None,
         "tuned: above the cross-over",
     )
+
+
+def test_a_measured_cross_over_goes_before_the_shipped_one(cache: Path) -> None:
+    configs.write(cache, "sm_90", {}, cross_over_rows=256)
+    assert configs.choose_for(SPEC, 200, 8192, 8192, *ARGUMENTS)[0] is not None
+    assert configs.choose_for(SPEC, 257, 8192, 8192, *ARGUMENTS)[0] is None
+    assert configs.choose_for(SPEC, 129, 8192, 8192, "sm_80", 108)[0] is None
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", '{"classes": {"sm_90": {"entries": {"k4-m8-1x32": {"rows_x": 8}}}}}']
+)
+def test_a_damaged_table_is_named(cache: Path, text: str) -> None:
+    cache.parent.mkdir(parents=True)
+    cache.write_text(text)
+    with pytest.raises(KbitError, match=r"triton-configs\.json: is no table"):
+        configs.choose_for(SPEC, 3, 8192, 8192, *ARGUMENTS)
 
 
 def test_shipped_table_names_known_classes() -> None:

@@ -38,8 +38,9 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     assert values is not None
     if scheme.kind in ("int", "uint"):
         values = np.arange(1 << spec.bits) - float(1 << (spec.bits - 1))
-    elif scheme.kind == "fp":
-        values = values * (2.0 - 2.0 ** -(spec.bits - 1 - scheme.exponent))
+    elif spec.dtype == "fp":
+        assert spec.exponent is not None
+        values = values * np.float32(2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
     expected_of_code = values.astype(decode.HALF_DTYPES[half]).astype(np.float64)
     if scheme.kind == "fp":
         assert np.abs(expected_of_code - values).max() < 1e-6  # exact but for fp32's own rounding
@@ -49,11 +50,9 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     shared = None
     for subtile in range(scheme.subtiles):
         inputs = [np.ascontiguousarray(chunk).view(np.uint32) for chunk in chunks[subtile]]
-        if scheme.kind == "table":
-            table = decode.table_words(values, scheme, half).view(np.uint32)
-            if scheme.in_shared_memory:
-                shared, table = table, np.zeros(1, np.uint32)
-            inputs += [np.full(128, row.flat[0], np.uint32) for row in table for _ in range(2)]
+        if scheme.kind == "table":  # each lane has its own copy
+            shared = decode.table_words(values, scheme, half).view(np.uint32).repeat(32)
+            inputs += [np.arange(128, dtype=np.uint32) // 4 * 4] * 2
         assert constraints.count("r") == scheme.outputs + len(inputs)
         for output, result in enumerate(ptx.run(text, inputs, scheme.outputs, shared)):
             halves = result.view(np.uint16).view(decode.HALF_DTYPES[half]).astype(np.float64)
@@ -67,6 +66,13 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     np.testing.assert_array_equal(found, expected_of_code[codes])
 
 
+@pytest.mark.parametrize("threads", [32, 128, 256])
+def test_every_lane_has_the_whole_table(threads: int) -> None:
+    entries = np.arange(1, 257, dtype=np.uint32)
+    found = ptx.fill(decode.SHARED_TABLE_PTX, threads, entries)
+    np.testing.assert_array_equal(found, entries.repeat(32))
+
+
 def test_columns_of_blocks_of_16() -> None:
     spec = QuantSpec("int", 8, 16)
     codes = np.arange(256, dtype=np.uint8)[None].repeat(16, 0)
@@ -77,14 +83,14 @@ def test_columns_of_blocks_of_16() -> None:
         assert list(word >> 8 & 0xFF) == [16 + 4 * lane_t + i for i in range(4)]
 
 
+@pytest.mark.parametrize("kind", ["int", "table"])
 @pytest.mark.parametrize("bits", range(2, 9))
-def test_fields_fill_every_bit_once(bits: int) -> None:
-    scheme = layout.Scheme(bits, "int")
-    used = np.zeros((scheme.chunks, 16), dtype=int)
+def test_fields_fill_every_bit_once(bits: int, kind: layout.Kind) -> None:
+    scheme = layout.Scheme(bits, kind)
+    used = np.zeros((scheme.chunks, 16 * scheme.unit), dtype=int)
     for fields in scheme.fields:
-        assert sorted(f.offset for f in fields) == [
-            sum(scheme.planes[:i]) for i in range(len(scheme.planes))
-        ]
+        of_unit = [bit for f in fields for bit in range(f.offset, f.offset + f.width)]
+        assert sorted(of_unit) == list(range(scheme.unit * bits))
         for field in fields:
             used[field.chunk, field.bit : field.bit + field.width] += 1
     assert (used == 1).all()
@@ -113,8 +119,8 @@ def test_block_values_are_where_lanes_look(block: int) -> None:
 def test_ptx_reads_no_more_than_it_is_given() -> None:
     scheme = layout.Scheme(3, "table")
     text, constraints = decode.decode_ptx(scheme, "fp16")
-    assert constraints == ",".join(["=r"] * 16 + ["r"] * (3 + 2 * 4))
-    assert "$27" not in text
+    assert constraints == ",".join(["=r"] * 16 + ["r"] * (3 + 2))
+    assert "$21" not in text
     assert decode.decode_ptx(replace(scheme, kind="int"), "fp16")[0] != text
 
 

@@ -112,21 +112,38 @@ def test_shapes(interpreted: Run, n: int, k: int) -> None:
     check(interpreted, "int5-b64", ptx=False, n=n, k=k, config=[8, 1, 2, 2, 2])
 
 
+@pytest.mark.parametrize("spec", ["int8-b64", "uint8-row"])
+def test_offsets_beyond_32_bits(interpreted: Run, spec: str) -> None:
+    answer = interpreted(far=True, spec=spec, n=(1 << 24) + 9, m=131)
+    assert all(elements > 1 << 31 for elements in answer["elements"]), answer
+    assert answer["linear"] < 1e-3, answer
+    assert answer["dequantize"] < 4e-3, answer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ptx", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("width", "name"), ALL_TYPES)
+def test_every_path(interpreted: Run, width: int, name: str, path: str, ptx: bool) -> None:
+    m, config = PATHS[path]
+    at = ALL_TYPES.index((width, name)) + list(PATHS).index(path)
+    block = "b64" if name == "af4" else ALL_BLOCKS[at % len(ALL_BLOCKS)]
+    dtype = ("float16", "bfloat16")[at // 2 % 2]
+    check(interpreted, f"{name}-{block}", ptx=ptx, dtype=dtype, m=m, config=config, n=40, k=544)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("ptx", [False, True])
-@pytest.mark.parametrize("path", ["eight-rows", "split", "gemm-32"])
 @pytest.mark.parametrize("block", ALL_BLOCKS)
 @pytest.mark.parametrize(("width", "name"), ALL_TYPES)
-def test_full_product(
-    interpreted: Run, width: int, name: str, block: str, path: str, ptx: bool, dtype: str
+def test_every_block(
+    interpreted: Run, width: int, name: str, block: str, ptx: bool, dtype: str
 ) -> None:
-    if DATA_TYPES[name if name in DATA_TYPES else name[:-1]].blocks not in (None, (64,)):
-        pytest.skip("the type is defined for other blocks")
     if name == "af4" and block != "b64":
         pytest.skip("af4 is defined for block 64")
-    m, config = PATHS[path]
-    check(interpreted, f"{name}-{block}", ptx=ptx, dtype=dtype, m=m, config=config, n=40, k=544)
+    config = [8, 1, 1, 1, 2]
+    check(interpreted, f"{name}-{block}", ptx=ptx, dtype=dtype, config=config, n=24, k=288)
 
 
 def test_cases_are_complete() -> None:

@@ -9,13 +9,15 @@ import json
 import os
 import sys
 import traceback
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
 import numpy as np
 import torch
+import triton.language as tl
 from triton.runtime import interpreter
 
 from kbit_kernels import QuantSpec, quantize, reference
@@ -24,7 +26,7 @@ from kbit_kernels.triton.configs import Config
 from kbit_kernels.triton.layout import kind_of
 from tests.kernels.triton import ptx
 
-_shared = np.zeros(256, dtype=np.uint32)
+_shared = np.zeros(8192, dtype=np.uint32)
 _executed = 0  # PTX blocks, so that a test of the PTX path cannot pass without running any
 
 
@@ -50,7 +52,8 @@ def _inline_asm(
     _executed += 1
     if "kbit_table" in text:  # fills the table; only the address is a result
         address = int(np.asarray(handles[0].data).reshape(-1)[0])
-        _shared[:] = np.ctypeslib.as_array((ctypes.c_uint32 * 256).from_address(address))
+        entries = np.ctypeslib.as_array((ctypes.c_uint32 * 256).from_address(address))
+        _shared[:] = entries.repeat(32)  # one for every lane
         return _Results(
             [interpreter.TensorHandle(np.zeros_like(handles[0].data, np.int32), types[0].scalar)]
         )
@@ -133,6 +136,78 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+class _LastProgram:
+    """Stands for a kernel, and runs only the last program of the grid."""
+
+    def __init__(self, kernel: Any) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        last = [size - 1 for size in grid]
+
+        def program_id(builder: Any, axis: int) -> Any:
+            return interpreter.TensorHandle(np.array([last[axis]], np.int32), tl.int32)
+
+        def launch(*arguments: Any, **constants: Any) -> None:
+            there = interpreter.InterpreterBuilder.create_get_program_id
+            interpreter.InterpreterBuilder.create_get_program_id = program_id
+            try:
+                self.kernel[(1, 1, 1)](*arguments, **constants)
+            finally:
+                interpreter.InterpreterBuilder.create_get_program_id = there
+
+        return launch
+
+
+def run_far(case: dict[str, Any]) -> dict[str, Any]:
+    """The last rows of a matrix `[n, 256]` whose arrays have more than 2^31 elements, of which
+    only the end is ever touched, so that the system never finds memory for the rest."""
+    rng = np.random.default_rng(0)
+    spec = QuantSpec.parse(case["spec"])
+    n, m, last = case["n"], case["m"], case["n"] % 16
+    w = rng.standard_normal((last, 256)).astype(np.float32)
+    tensor = quantize(w, spec, backend="reference")
+    x = torch.from_numpy(rng.standard_normal((m, 256)).astype(np.float32)).half()
+    small = device.prepare(tensor, "cpu", torch.float16, use_ptx=False)
+
+    def far(array: torch.Tensor | None) -> torch.Tensor | None:
+        if array is None:
+            return None
+        long = torch.empty((-(-n // 16) * array.shape[0], *array.shape[1:]), dtype=array.dtype)
+        long[-array.shape[0] :] = array
+        return long
+
+    weight = replace(
+        small,
+        shape=(n, 256),
+        words=far(small.words),
+        scales=far(small.scales),
+        zeros=far(small.zeros),
+    )
+    kernels = device.kernels
+    device.kernels = SimpleNamespace(
+        linear_kernel=_LastProgram(kernels.linear_kernel),
+        dequantize_kernel=_LastProgram(kernels.dequantize_kernel),
+    )
+    try:
+        out = torch.empty((m, n), dtype=torch.float16)
+        out[-(m % 8) :, -last:] = torch.nan
+        device.fused_linear(x, weight, Config(8, 1, 1, 1, 1), out=out)
+        restored = torch.empty((n, 256), dtype=torch.float16)
+        restored[-last:] = torch.nan
+        device.dequantize(weight, restored)
+    finally:
+        device.kernels = kernels
+    expected = reference.linear(x[-(m % 8) :].float().numpy(), tensor)
+    found = out[-(m % 8) :, -last:].float().numpy()
+    weights = reference.dequantize(tensor)
+    return {
+        "elements": [array.numel() for array in (weight.words, out, restored)],
+        "linear": float(np.abs(found - expected).max() / np.abs(expected).max()),
+        "dequantize": float(np.abs(restored[-last:].float().numpy() - weights).max()),
+    }
+
+
 def main() -> None:
     """Serve cases until the input ends."""
     torch.set_num_threads(1)
@@ -140,7 +215,8 @@ def main() -> None:
     answers, sys.stdout = sys.stdout, sys.stderr
     for line in sys.stdin:
         try:
-            answer = run(json.loads(line))
+            case = json.loads(line)
+            answer = run_far(case) if case.pop("far", False) else run(case)
         except Exception:
             answer = {"traceback": traceback.format_exc()}
         print(json.dumps(answer), file=answers, flush=True)
