@@ -163,13 +163,23 @@ def _total(values: Array, weights: Array | None) -> Array:
     return np.asarray(values.sum(1) if weights is None else values @ weights)
 
 
+def _newest(records: Sequence[Record]) -> list[Record]:
+    """Without what was measured on another text, or on a model before it was trained anew."""
+    text, model = "", dict[str, str]()
+    for r in sorted(records, key=lambda r: r.made.get("time", "")):
+        text = str(r.identity["metric"].get("text"))
+        model[r.model] = str(r.identity["model"])
+    return [
+        r
+        for r in records
+        if str(r.identity["metric"].get("text")) == text
+        and str(r.identity["model"]) == model[r.model]
+    ]
+
+
 def frame(records: Iterable[Record], metric: str) -> Frame:
     """All successful cells of a text. KbitError if there are none."""
-    ok = [r for r in records if r.status == "ok" and r.metric == metric and r.documents]
-    # One text, one protocol: a record of a text that has since changed is not mixed in.
-    counts: dict[str, int] = {}
-    for r in ok:
-        counts[str(r.identity["metric"])] = counts.get(str(r.identity["metric"]), 0) + 1
+    ok = _newest([r for r in records if r.status == "ok" and r.metric == metric and r.documents])
     plain = {
         (r.model, str(r.identity["model"]), str(r.identity["metric"])): r
         for r in ok

@@ -108,10 +108,10 @@ def law_section(study: LawStudy) -> str:
     rows = []
     for r in study.results:
         if r.fit is None:
-            rows.append((f"{r.label} {r.name}", "-", "-", "-", "-", r.note))
+            rows.append((r.full_name, "-", "-", "-", "-", r.note))
             continue
         held = f"{r.held_out_log:.3f}" if np.isfinite(r.held_out_log) else "-"
-        rows.append((f"{r.label} {r.name}", str(r.fit.p), f"{r.fit.aic:.0f}",
+        rows.append((r.full_name, str(r.fit.p), f"{r.fit.aic:.0f}",
                      f"{r.fit.median_error:.4f}", held, r.note or r.title))  # fmt: skip
     head = ("law", "parameters", "AIC", "median |log error|", "held-out |log ratio|", "")
     out = [
@@ -215,7 +215,7 @@ def page(
     words = "".join(f"<p>{escape(p)}</p>" for p in findings.split("\n\n") if p.strip())
     charts = "".join(chart.html(figure) for figure in summary.figures())
     best = [
-        f"{s.metric}, {s.target}, {', '.join(s.groups)}: {b.label} {b.name}, {b.held_out_log:.3f}"
+        f"{s.metric}, {s.target}, {', '.join(s.groups)}: {b.full_name}, {b.held_out_log:.3f}"
         for s in summary.laws
         if (b := s.best_held_out) is not None
     ]

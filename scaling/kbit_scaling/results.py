@@ -232,7 +232,7 @@ def advise(
         print(f"second place is {found.behind * scale:.4f}{known} bits per byte behind")
     best = law.best_held_out if law is not None else None
     if best is not None:
-        print(f"law: {best.label} {best.name}, off by x{2.718281828 ** best.held_out_log:.2f} "
+        print(f"law: {best.full_name}, off by x{2.718281828 ** best.held_out_log:.2f} "
               f"(median) on the held-out {law.held_out if law else ''}")  # fmt: skip
     if found.too_large:
         print(f"{found.too_large} more would not fit")

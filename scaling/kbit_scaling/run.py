@@ -110,6 +110,7 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
     failures: list[Record] = []
     total = done = old_failures = reference_bytes = 0
     largest: dict[str, int] = {}
+    wanted: set[str] = set()
     for job in study.jobs:
         total += len(job.metrics)
         try:
@@ -120,10 +121,13 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
             }
         except KbitError as error:
             failures += [_unopened(job, metric, str(error)) for metric in job.metrics]
+            wanted |= {record.cell for record in failures[-len(job.metrics) :]}
             continue
         missing = {}
         for metric, fields in identities.items():
-            record = store.get(identity_hash(fields))
+            cell = identity_hash(fields)
+            wanted.add(cell)
+            record = store.get(cell)
             if record is None or (record.status == "failed" and retry):
                 missing[metric] = fields
             elif record.status == "failed":
@@ -138,12 +142,13 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
                     tokens = sum(w.scored for w in _windows(job.model.path, text))
                     largest[key] = 2 * source.decoder.vocab_size * tokens
     reference_bytes = sum(largest.values())
-    return Plan(todo, failures, total, done, old_failures, reference_bytes)
+    return Plan(todo, failures, total, done, old_failures, reference_bytes, frozenset(wanted))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep would do. reference_bytes: disk that the reference logits would take."""
+    """What a sweep would do. reference_bytes: disk that the reference logits would take. wanted:
+    all cells of the study."""
 
     todo: list[Planned]
     failures: list[Record]
@@ -151,6 +156,7 @@ class Plan:
     done: int
     old_failures: int
     reference_bytes: int
+    wanted: frozenset[str]
 
     @property
     def cells(self) -> int:

@@ -57,15 +57,15 @@ class Summary:
         """All figures, in the order of the report."""
         out: list[Figure | None] = []
         for metric, panel in self.panels.items():
-            largest = max(panel.records, key=lambda r: r.non_embedding).model
             kinds = [g for g in dict.fromkeys(panel.groups) if g.endswith("-b64")]
             blocks = [g for g in dict.fromkeys(panel.groups) if "+" not in g]
             blocks = [g for g in blocks if g.split("-")[0] in _with_blocks(blocks)]
             out.append(figures.loss_over_bits(panel, self.main))
             out.append(figures.best_width(self.best[metric], metric, self.main))
-            out.append(figures.divergence_over_bits(panel, largest, kinds, "types"))
+            out.append(figures.divergence_over_bits(panel, _shown(panel, kinds), kinds, "types"))
             if blocks:
-                out.append(figures.divergence_over_bits(panel, largest, blocks, "blocks"))
+                model = _shown(panel, blocks)
+                out.append(figures.divergence_over_bits(panel, model, blocks, "blocks"))
             for slug, worths in self.worths[metric].items():
                 if worths:
                     out.append(figures.worth(worths, _reference(slug), metric, slug))
@@ -127,6 +127,13 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     return {
         k: None if isinstance(v, float) and not np.isfinite(v) else v for k, v in fields.items()
     }
+
+
+def _shown(panel: Frame, groups: Sequence[str]) -> str:
+    """The model with most of the groups; of those, the largest."""
+    cells = Counter(r.model for r, g in zip(panel.records, panel.groups, strict=True)
+                    if g in groups)  # fmt: skip
+    return max(panel.records, key=lambda r: (cells[r.model], r.non_embedding)).model
 
 
 def _with_blocks(groups: Sequence[str]) -> set[str]:
@@ -270,13 +277,13 @@ def law_table(study: LawStudy) -> str:
     ]
     for r in study.results:
         if r.fit is None:
-            lines.append(f"  {r.label + ' ' + r.name:<16}not fitted: {r.note}")
+            lines.append(f"  {r.full_name:<16}not fitted: {r.note}")
             continue
         held = f"{r.held_out_log:.3f}" if np.isfinite(r.held_out_log) else "-"
         shown = [_estimate(e) for e in r.fit.estimates[:8]]
         more = len(r.fit.estimates) - len(shown)
         lines.append(
-            f"  {r.label + ' ' + r.name:<16}{r.fit.p:>4}{r.fit.aic:>10.1f}"
+            f"  {r.full_name:<16}{r.fit.p:>4}{r.fit.aic:>10.1f}"
             f"{r.fit.median_error:>9.4f}{held:>10}   "
             + ", ".join(shown)
             + (f", and {more} more" if more else "")
