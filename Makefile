@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/kbit_kernels/cpu/src/*)
 
-.PHONY: help install demo test lint format study bench clean
+.PHONY: help install demo test lint format study books bench clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -45,14 +45,21 @@ bench: $(VENV)/test  ## CPU speed beside llama.cpp; results under benchmarks/res
 	$(BIN)/python benchmarks/decode.py smollm2-135m-instruct "$$($(BIN)/kbit pull smollm2-135m-instruct)"
 	$(BIN)/python benchmarks/readme.py
 
-TEXTS ?= $(wildcard ../shared/data/books/train-0*.txt)
+SHARED ?= ../shared
+TEXTS ?= $(wildcard $(SHARED)/data/books/train-0*.txt)
 POCKET := build/pocket
 study: $(VENV)/test  ## from plain texts (TEXTS=...) to a family, a sweep, laws and a report
 	$(BIN)/kbit family train --preset pocket --out $(POCKET)/family $(addprefix --text ,$(TEXTS))
 	$(BIN)/kbit sweep scaling/studies/pocket.toml
-	$(BIN)/kbit fit scaling/studies/pocket.toml --out $(POCKET)
-	$(BIN)/kbit plot scaling/studies/pocket.toml --out $(POCKET)/figures
-	$(BIN)/kbit report scaling/studies/pocket.toml --out $(POCKET)/report.html
+	$(BIN)/kbit report scaling/studies/pocket.toml --out $(POCKET)/report.html --all
+
+BOOKS := scaling/studies/books
+books: $(VENV)/test  ## the committed study again, from the texts and models in SHARED=...
+	$(BIN)/kbit family train --preset books --sizes s0,s1,s2 --tokens 8388608 \
+	    --out build/family-long --tokenizer $(SHARED)/models/books-s0/tokenizer.json \
+	    $(addprefix --text ,$(TEXTS))
+	$(BIN)/kbit sweep $(BOOKS)/study.toml --path shared=$(SHARED) --pack
+	$(BIN)/kbit report $(BOOKS)/study.toml --out $(BOOKS)/report.html --all --findings $(BOOKS)/FINDINGS.md
 
 format: $(VENV)/lint  ## put the sources in ruff's format
 	$(BIN)/ruff check --fix

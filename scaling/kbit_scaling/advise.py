@@ -19,6 +19,7 @@ from kbit.models import describe_checkpoint
 from kbit_kernels.spec import QuantSpec
 
 from .analysis import LawStudy
+from .beyond import Beyond
 from .frame import Frame
 from .laws import Points
 from .records import Record
@@ -253,3 +254,25 @@ def describe(candidate: Candidate) -> str:
         f"{candidate.high * scale:.4f}] ({how}); weights {candidate.weights_bytes / 1e6:.2f} MB, "
         f"cache {candidate.cache_bytes / 1e6:.2f} MB"
     )
+
+
+def describe_beyond(found: Beyond, group: str) -> str:
+    """What the laws say about larger models, as text."""
+    scale = 1 / np.log(2)
+    lines = [
+        f"the study has no larger model. Its laws (the base curve and {found.law}), extrapolated "
+        f"to {found.times:,.0f} times its largest, {group}"
+        + (f", trained on {found.tokens / 1e6:.3g}M tokens:" if np.isfinite(found.tokens) else ":")
+    ]
+    for place, s in enumerate(found.sizes[:3], 1):
+        behind = (
+            f"; {s.behind * scale:.4f} behind [{s.behind_low * scale:.4f}, "
+            f"{s.behind_high * scale:.4f}]"
+            if place > 1
+            else ""
+        )
+        lines.append(
+            f"  {place}. {s.bits}-bit, {s.parameters:.3g} parameters: {s.loss * scale:.4f} bits "
+            f"per byte [{s.low * scale:.4f}, {s.high * scale:.4f}]{behind}"
+        )
+    return "\n".join(lines)

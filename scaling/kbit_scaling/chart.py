@@ -9,7 +9,7 @@ from html import escape
 from .figures import Figure, Series, clipped
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 46
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 10, 54
 # Okabe & Ito's colours and four of Tol's, told apart by colour-blind readers
 COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#777777",
           "#5548b4", "#a03060")  # fmt: skip
@@ -101,7 +101,7 @@ def svg(figure: Figure) -> str:
         at = x(tick)
         out.append(
             f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
+            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
             f"{escape(named[int(tick)]) if named else number(tick)}</text>"
         )
     for tick in y.ticks():
@@ -113,7 +113,7 @@ def svg(figure: Figure) -> str:
     out.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" '
         f'text-anchor="middle">{escape(figure.x_label)}</text>'
-        f'<text class="label" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+        f'<text class="label" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
         f'text-anchor="middle">{escape(figure.y_label)}</text>'
     )
     out += [_series(s, COLORS[i % len(COLORS)], x, y) for i, s in enumerate(lines)]

@@ -74,8 +74,8 @@ def sweep(
     """Measure every cell of a study that is not recorded yet."""
     from kbit.errors import KbitError
 
-    from .executors import get_executor
     from . import records as files
+    from .executors import get_executor
     from .run import Settings, plan
     from .run import sweep as run_sweep
     from .study import read_study

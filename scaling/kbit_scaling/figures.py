@@ -275,8 +275,10 @@ def held_out(studies: Sequence[LawStudy]) -> Figure:
         "law",
         "median |log(predicted / observed)|",
         tuple(series),
-        x_names=tuple(r.full_name for r in studies[0].results),
-        caption="The laws were fitted without the largest model. 0.1 is 10 percent off.",
+        x_names=tuple(r.label for r in studies[0].results),
+        caption="The laws were fitted without the largest model. 0.1 is 10 percent off. "
+        + ", ".join(r.full_name for r in studies[0].results)
+        + ".",
     )
 
 

@@ -25,6 +25,7 @@ Array = NDArray[Any]
 
 HUBER_DELTA = 1e-3
 MAX_GRID = 6000
+ENOUGH, AGREE = 3, 1e-6  # so many starts at the same optimum, within that share: the search ends
 _STEP = 1e-30
 # Below this ratio to the largest singular value of the (column-scaled) Jacobian a direction in
 # parameter space leaves every prediction unchanged: the data says nothing about it.
@@ -183,12 +184,15 @@ def optimum(
             np.concatenate([_objective(law, part, points, delta) for part in _parts(starts)])
         )
     best, best_value = starts[order[0]], np.inf
+    values: list[float] = []
     for i in order[:keep]:
         theta = _lbfgs(law, starts[i], points, delta)
-        value = float(_objective(law, theta, points, delta))
-        if value < best_value:
-            best, best_value = theta, value
+        values.append(float(_objective(law, theta, points, delta)))
+        if values[-1] < best_value:
+            best, best_value = theta, values[-1]
         if best_value < 1e-6 * delta**2:  # residuals of noise-free data: nothing left to find
+            break
+        if sum(value <= best_value * (1 + AGREE) for value in values) >= ENOUGH:
             break
     if not np.isfinite(best_value):
         raise KbitError(f"law {law.name!r}: no start gives a finite prediction for these points")

@@ -37,7 +37,7 @@ svg .grid { stroke: var(--rule); stroke-width: .7; } svg .off { display: none; }
 .legend button:focus-visible { outline: 2px solid currentColor; }
 .legend button[aria-pressed=false] { opacity: .35; }
 .legend span { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
-  margin-right: .35em; }
+  margin-right: .35em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--paper);
   font-size: .8rem; padding: .2rem .5rem; border-radius: 4px; max-width: 92%; z-index: 1; }
 .scroll { overflow-x: auto; }
@@ -47,9 +47,10 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; }
 th { background: var(--tint); }
 pre { background: var(--tint); padding: .7rem; overflow-x: auto; font-size: .86rem; }
+@media (max-width: 560px) { svg text { font-size: 19px; } }
 @media print { body { max-width: none; font-size: 10pt; }
   .legend button[aria-pressed=false] { display: none; } .scroll { overflow: visible; }
-  figure.chart, tr { break-inside: avoid; }
+  figure.chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .charts { grid-template-columns: 1fr 1fr; }
   table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } }
 """

@@ -76,6 +76,10 @@ class Summary:
             out.append(figures.held_out(self.laws))
         return [f for f in out if f is not None and any(s.x for s in f.series)]
 
+    def law_groups(self, metric: str) -> list[str]:
+        """The groups of cells that laws were fitted to."""
+        return list(dict.fromkeys(g for s in self.laws if s.metric == metric for g in s.groups))
+
     def as_json(self) -> dict[str, Any]:
         """Fits, intervals and tables as plain values."""
         return {
@@ -87,9 +91,30 @@ class Summary:
                 m: {slug: [asdict(w) for w in ws] for slug, ws in by.items()}
                 for m, by in self.worths.items()
             },
+            "widths": {m: _widths(self.frames[m], self.law_groups(m)) for m in self.frames},
             "tasks": [asdict(t) for t in self.tasks],
             "failed": [{"reason": reason, "cells": n} for reason, n in self.failed],
         }
+
+
+def _widths(f: Frame, groups: Sequence[str]) -> list[dict[str, Any]]:
+    """The cells of some groups: what a width costs each model. change: bits per byte."""
+    change, change_stderr = f.degradation()
+    kl, kl_stderr, agree = f.divergence(), f.divergence_stderr(), f.agreement()
+    return [
+        {
+            "model": r.model,
+            "group": g,
+            "bits": int(k),
+            "change": round(change[i] / np.log(2), 6),
+            "change_stderr": round(change_stderr[i] / np.log(2), 6),
+            "kl": float(f"{kl[i]:.5g}"),
+            "kl_stderr": float(f"{kl_stderr[i]:.3g}"),
+            "agree": round(float(agree[i]), 4),
+        }
+        for i, (r, g, k) in enumerate(zip(f.records, f.groups, f.widths, strict=True))
+        if g in groups
+    ]
 
 
 def law_json(study: LawStudy) -> dict[str, Any]:
