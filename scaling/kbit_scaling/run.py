@@ -78,9 +78,11 @@ def _text_identity(text: Text, max_positions: int) -> dict[str, Any]:
     }
 
 
-def identity(source: Source, treatment: Treatment, metric: Text | Task) -> dict[str, Any]:
+def identity(
+    source: Source, treatment: Treatment, metric: Text | Task, device: str = "cpu"
+) -> dict[str, Any]:
     """Everything that can change the number of a cell."""
-    from .measure import ARITHMETIC, CODE_VERSION
+    from .measure import CODE_VERSION, arithmetic
     from .tasks import items_digest
 
     if isinstance(metric, Text):
@@ -99,7 +101,7 @@ def identity(source: Source, treatment: Treatment, metric: Text | Task) -> dict[
         "model": source.hashes,
         "treatment": done,
         "metric": measured,
-        "arithmetic": ARITHMETIC,
+        "arithmetic": arithmetic(device),
         "code": CODE_VERSION,
     }
 
@@ -116,7 +118,9 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
         try:
             source = _source(job.model.path)
             identities = {
-                m: identity(source, job.treatment, settings.text(m) or settings.task(m))
+                m: identity(
+                    source, job.treatment, settings.text(m) or settings.task(m), settings.device
+                )
                 for m in job.metrics
             }
         except KbitError as error:
@@ -208,12 +212,16 @@ def compute(planned: Planned, settings: Settings) -> list[Record]:
 def _compute(planned: Planned, settings: Settings) -> list[Record]:
     from kbit.engine.executor import load_executor
 
-    from .measure import ReferenceCache, compare
+    from .measure import DTYPE, ReferenceCache, compare
 
     job = planned.job
     source = _source(job.model.path)
     cache = ReferenceCache(settings.cache, settings.cache_bytes)
-    options: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
+    options: dict[str, Any] = {
+        "device": settings.device,
+        "dtype": DTYPE,
+        "threads": settings.threads,
+    }
     started = time.perf_counter()
     treated = source.treat(job.treatment)
     quantized = time.perf_counter()

@@ -42,6 +42,6 @@ def test_places_are_filled_from_the_fits() -> None:
 
 def test_what_the_fits_lack_is_named() -> None:
     with pytest.raises(
-        KbitError, match="'best wiki', which the fits lack .* known names: estimate"
+        KbitError, match=r"'best wiki', which the fits lack .* known names: estimate"
     ):
         fill("<!-- =best wiki --><!-- / -->", {"best_width": {}})
