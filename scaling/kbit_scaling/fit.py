@@ -25,7 +25,7 @@ Array = NDArray[Any]
 
 HUBER_DELTA = 1e-3
 MAX_GRID = 6000
-ENOUGH, AGREE = 3, 1e-6  # so many starts at the same optimum, within that share: the search ends
+SCOUT_STEPS = 60
 _STEP = 1e-30
 # Below this ratio to the largest singular value of the (column-scaled) Jacobian a direction in
 # parameter space leaves every prediction unchanged: the data says nothing about it.
@@ -147,7 +147,9 @@ def _polish(law: Law, theta: Array, points: Points, delta: float) -> Array:
     return np.asarray(result.x)
 
 
-def _lbfgs(law: Law, theta: Array, points: Points, delta: float, steps: int = 300) -> Array:
+def _lbfgs(
+    law: Law, theta: Array, points: Points, delta: float, steps: int = 300, ftol: float = 1e-15
+) -> Array:
     # In units of delta^2 the objective is of the order of n, which L-BFGS' tolerances expect.
     def value_and_gradient(t: Array) -> tuple[float, Array]:
         r, slope = linearize(law, t, points)
@@ -160,7 +162,7 @@ def _lbfgs(law: Law, theta: Array, points: Points, delta: float, steps: int = 30
             theta,
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": steps, "ftol": 1e-15, "gtol": 1e-9},
+            options={"maxiter": steps, "ftol": ftol, "gtol": 1e-9},
         )
     return np.asarray(found.x)
 
@@ -183,16 +185,16 @@ def optimum(
         order = np.argsort(
             np.concatenate([_objective(law, part, points, delta) for part in _parts(starts)])
         )
-    best, best_value = starts[order[0]], np.inf
-    values: list[float] = []
-    for i in order[:keep]:
-        theta = _lbfgs(law, starts[i], points, delta)
-        values.append(float(_objective(law, theta, points, delta)))
-        if values[-1] < best_value:
-            best, best_value = theta, values[-1]
+    # All of them a short way, the two best to the end.
+    scouts = [_lbfgs(law, starts[i], points, delta, steps=SCOUT_STEPS) for i in order[:keep]]
+    scouts.sort(key=lambda theta: float(_objective(law, theta, points, delta)))
+    best, best_value = scouts[0], np.inf
+    for theta in scouts[:2]:
+        found = _lbfgs(law, theta, points, delta)
+        value = float(_objective(law, found, points, delta))
+        if value < best_value:
+            best, best_value = found, value
         if best_value < 1e-6 * delta**2:  # residuals of noise-free data: nothing left to find
-            break
-        if sum(value <= best_value * (1 + AGREE) for value in values) >= ENOUGH:
             break
     if not np.isfinite(best_value):
         raise KbitError(f"law {law.name!r}: no start gives a finite prediction for these points")
@@ -316,7 +318,7 @@ def bootstrap(
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             # no search: the optimum of a resample lies near that of all data, and an interval
             # needs it to a few digits
-            out[row] = _lbfgs(fitted.law, fitted.theta, points, delta, steps=150)
+            out[row] = _lbfgs(fitted.law, fitted.theta, points, delta, steps=60, ftol=1e-7)
     return out
 
 

@@ -52,7 +52,7 @@ pre { background: var(--tint); padding: .7rem; overflow-x: auto; font-size: .86r
   .legend button[aria-pressed=false] { display: none; } .scroll { overflow: visible; }
   figure.chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .charts { grid-template-columns: 1fr 1fr; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; white-space: normal; } }
 """
 
 

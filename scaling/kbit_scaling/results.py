@@ -76,10 +76,16 @@ def _fitted(
 def _summary(
     source: Path, records: Path | None, laws: str = "", groups: str = "", replicates: int = 100
 ) -> Summary:
+    import os
+
     from .summary import summarize
 
     return summarize(
-        _store(source, records), laws=_names(laws), groups=_names(groups), replicates=replicates
+        _store(source, records),
+        laws=_names(laws),
+        groups=_names(groups),
+        replicates=replicates,
+        processes=os.cpu_count() or 1,
     )
 
 

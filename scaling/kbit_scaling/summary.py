@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -243,9 +246,11 @@ def summarize(
     laws: Sequence[str] = (),
     groups: Sequence[str] = (),
     replicates: int = 100,
+    processes: int = 1,
 ) -> Summary:
     """All results of a store. groups: fit the laws to these together (default: to each group on its
-    own that has nearly as many cells as the main one). replicates: of the laws' bootstrap."""
+    own that has nearly as many cells as the main one). replicates: of the laws' bootstrap.
+    processes: that fit laws side by side."""
     everything = list(records)
     ok = [r for r in everything if r.status == "ok"]
     if not ok:
@@ -260,7 +265,7 @@ def summarize(
     if not frames:
         raise KbitError("the store holds task scores only; the laws need a text")
     panels, name, main = {}, "", ""
-    studies: list[LawStudy] = []
+    comparisons: list[Callable[[], LawStudy]] = []
     best, worths = {}, {}
     for metric, f in frames.items():
         panel_name, panel = panel_of(f)
@@ -272,8 +277,10 @@ def summarize(
         full = [group, *(g for g in others if counts[g] >= MOST_CELLS * counts[group])]
         targets: tuple[Target, ...] = ("loss", "divergence")
         for together in [list(groups)] if groups else [[g] for g in full]:
-            studies += [
-                compare_laws(f, chosen, groups=together, target=target, replicates=replicates)
+            comparisons += [
+                partial(
+                    compare_laws, f, chosen, groups=together, target=target, replicates=replicates
+                )
                 for target in targets
             ]
         best[metric] = best_widths(panel, main)
@@ -284,12 +291,19 @@ def summarize(
         panels,
         name,
         main,
-        tuple(studies),
+        tuple(_all(comparisons, processes)),
         best,
         worths,
         tuple(_task_scores(ok)),
         tuple(failed.most_common()),
     )
+
+
+def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[LawStudy]:
+    if processes == 1:
+        return [compare() for compare in comparisons]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return [pending.result() for pending in [pool.submit(c) for c in comparisons]]
 
 
 def law_table(study: LawStudy) -> str:
