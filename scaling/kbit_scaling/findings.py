@@ -109,6 +109,8 @@ def worth(fits: Fits, metric: str, slug: str) -> str:
     cells = {
         (w["group"], w["bits"]): _interval(w["saved"], w["low"], w["high"], "+.2f") for w in found
     }
+    if not found:
+        raise KeyError(slug)
     rows = [
         [f"`{group}`", *(cells.get((group, k), "") for k in widths)]
         for group in dict.fromkeys(w["group"] for w in found)

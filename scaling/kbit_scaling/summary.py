@@ -115,7 +115,15 @@ def _widths(f: Frame, groups: Sequence[str]) -> list[dict[str, Any]]:
             "kl_stderr": float(f"{kl_stderr[i]:.3g}"),
             "agree": round(float(agree[i]), 4),
         }
-        for i, (r, g, k) in enumerate(zip(f.records, f.groups, f.widths, strict=True))
+        for i, (r, g, k) in sorted(
+            enumerate(zip(f.records, f.groups, f.widths, strict=True)),
+            key=lambda row: (
+                row[1][0].family,
+                row[1][0].non_embedding,
+                row[1][0].training_tokens or 0,
+                row[1][2],
+            ),
+        )
         if g in groups
     ]
 
