@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -120,20 +121,20 @@ def _draws(
 ) -> list[tuple[Fit, Fit]]:
     """Both curves refitted to the same models, drawn with replacement."""
 
-    def drawn(of: Points, models: Sequence[str]) -> Points:
+    def drawn(of: Points, models: Sequence[str], unused: np.random.Generator) -> Points:
         rows = [np.flatnonzero(of.model == of.models.index(m)) for m in models if m in of.models]
         return of.select(np.concatenate(rows))
 
     rng = np.random.default_rng(seed)
-    names, found = points.models, []
+    names = points.models
+    found: list[tuple[Fit, Fit]] = []
     while len(found) < replicates:
         models = [names[i] for i in rng.integers(len(names), size=len(names))]
         if len(set(models)) < min(MIN_MODELS, len(names)):
             continue
         refit = []
         for fit, of in ((base, unquantized), (law, points)):
-            here = drawn(of, models)
-            theta = bootstrap(fit, lambda unused, here=here: here, replicates=1)[0]
+            theta = bootstrap(fit, partial(drawn, of, models), replicates=1)[0]
             refit.append(replace(fit, theta=theta))
         found.append((refit[0], refit[1]))
     return found

@@ -156,15 +156,25 @@ def _bounds(law: Law) -> Array:
 
 
 def _lbfgs(
-    law: Law, theta: Array, points: Points, delta: float, steps: int = 300, ftol: float = 1e-15
+    law: Law,
+    theta: Array,
+    points: Points,
+    delta: float,
+    *,
+    steps: int = 300,
+    ftol: float = 1e-15,
+    near: bool = False,
 ) -> Array:
-    # In units of delta^2 the objective is of the order of n, which L-BFGS' tolerances expect; and
-    # each parameter in units of its effect on the predictions, since one with a small effect (the
-    # degradation at 8 bits, say) would not move before the others have ended the search.
-    scale = np.linalg.norm(jacobian(law, theta, points), axis=0)
-    usable = np.isfinite(scale) & (scale > 1e-9 * np.nanmax(scale, initial=0.0))
-    scale = np.where(usable, scale, 1.0)
+    """near: theta is close to the optimum. Each parameter is then measured by its effect on the
+    predictions there; else one with a small effect (the degradation at 8 bits, say) would not move
+    before the others have ended the search. Far away the effects say nothing yet."""
+    scale = np.ones(len(theta))
+    if near:
+        effect = np.linalg.norm(jacobian(law, theta, points), axis=0)
+        usable = np.isfinite(effect) & (effect > 1e-9 * np.nanmax(effect, initial=0.0))
+        scale = np.where(usable, effect, 1.0)
 
+    # In units of delta^2 the objective is of the order of n, which L-BFGS' tolerances expect.
     def value_and_gradient(scaled: Array) -> tuple[float, Array]:
         r, slope = linearize(law, scaled / scale, points)
         gradient = slope.T @ (np.clip(r, -delta, delta) / delta**2)
@@ -335,7 +345,9 @@ def bootstrap(
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             # no search: the optimum of a resample lies near that of all data, and an interval
             # needs it to a few digits
-            out[row] = _lbfgs(fitted.law, fitted.theta, points, delta, steps=100, ftol=1e-8)
+            out[row] = _lbfgs(
+                fitted.law, fitted.theta, points, delta, steps=100, ftol=1e-8, near=True
+            )
     return out
 
 
