@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.errors import KbitError
+from kbit_kernels.formats import DATA_TYPES
 from kbit_kernels.spec import QuantSpec
 
 from .laws import Points
@@ -32,6 +35,14 @@ def group_of(record: Record) -> str:
     extra += "" if record.method == "rtn" else f"+{record.method}"
     extra += "" if record.embedding == "same" else f"+embedding {record.embedding}"
     return f"{spec.dtype}-{place}{extra}"
+
+
+def group_order(group: str) -> tuple[int, int, str]:
+    """Key that sorts groups: by data type as in the table of types, block, and the rest."""
+    dtype, _, place = group.partition("-")
+    block = re.match(r"b(\d+)", place)
+    known = list(DATA_TYPES)
+    return known.index(dtype) if dtype in known else -1, int(block[1]) if block else 0, place
 
 
 def width_of(record: Record) -> int:
@@ -219,8 +230,9 @@ def frame(records: Iterable[Record], metric: str) -> Frame:
 
 
 def text_metrics(records: Iterable[Record]) -> list[str]:
-    """Names of the texts among the records, in their order."""
-    return list(dict.fromkeys(r.metric for r in records if r.documents is not None))
+    """Names of the texts among the records, the one with most cells first."""
+    cells = Counter(r.metric for r in records if r.documents is not None)
+    return [name for name, _ in sorted(cells.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def task_metrics(records: Iterable[Record]) -> list[str]:

@@ -51,7 +51,9 @@ def draw(figure: Figure, path: Path) -> None:
         if figure.x_names:
             axes.set_xticks(range(len(figure.x_names)), figure.x_names)
         if len(figure.series) > 1:
-            canvas.legend(loc="outside lower center", fontsize=7, ncols=4, frameon=False)
+            widest = max(len(series.name) for series in figure.series)
+            columns = max(1, min(4, 110 // (widest + 6)))
+            canvas.legend(loc="outside lower center", fontsize=7, ncols=columns, frameon=False)
         metadata = {"Date": None} if path.suffix in (".svg", ".pdf") else None
         canvas.savefig(path, dpi=130, metadata=metadata)
         plt.close(canvas)

@@ -214,7 +214,7 @@ def advise(
         str | None, typer.Option(help="This family only.", show_default="all")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Rank by this text.", show_default="the first")
+        str | None, typer.Option(help="Rank by this text.", show_default="that of most cells")
     ] = None,
     top: Annotated[int, typer.Option(help="Places to show.", min=1)] = 3,
     path: Paths = None,

@@ -17,7 +17,7 @@ from kbit.errors import KbitError
 from . import figures
 from .analysis import BestWidth, LawStudy, Worth, best_widths, compare_laws, worth_in_bits
 from .figures import Figure
-from .frame import UNQUANTIZED, Frame, Target, frame, text_metrics
+from .frame import UNQUANTIZED, Frame, Target, frame, group_order, text_metrics
 from .laws import KbitLaw, get_laws
 from .records import Record
 from .weights import NONE
@@ -60,8 +60,9 @@ class Summary:
         """All figures, in the order of the report."""
         out: list[Figure | None] = []
         for metric, panel in self.panels.items():
-            kinds = [g for g in dict.fromkeys(panel.groups) if g.endswith("-b64")]
-            blocks = [g for g in dict.fromkeys(panel.groups) if "+" not in g]
+            groups = sorted(set(panel.groups), key=group_order)
+            kinds = [g for g in groups if g.endswith("-b64")]
+            blocks = [g for g in groups if "+" not in g]
             blocks = [g for g in blocks if g.split("-")[0] in _with_blocks(blocks)]
             out.append(figures.loss_over_bits(panel, self.main))
             out.append(figures.best_width(self.best[metric], metric, self.main))
@@ -206,7 +207,7 @@ def main_group(f: Frame) -> str:
 
 
 def _worths(panel: Frame, replicates: int) -> dict[str, list[Worth]]:
-    groups = [g for g in dict.fromkeys(panel.groups) if g != UNQUANTIZED]
+    groups = sorted(set(panel.groups) - {UNQUANTIZED}, key=group_order)
     out: dict[str, list[Worth]] = {"types": [], "blocks": [], "search": []}
     for group in groups:
         head, _, extra = group.partition("+")
