@@ -57,6 +57,7 @@ class Candidate:
     family: str
     spec: str
     search: bool
+    embedding: str
     weights_bytes: float
     cache_bytes: float
     loss: float
@@ -144,7 +145,7 @@ def _measured(frame: Frame, context: int, shapes: dict[str, tuple[int, int]]) ->
     loss, error = value * np.log(2), stderr * np.log(2)
     return [
         Candidate(
-            r.model, r.family, r.spec, r.search, r.bytes,
+            r.model, r.family, r.spec, r.search, r.embedding, r.bytes,
             cache_bytes(r, context, shapes.get(r.model)),
             float(loss[i]), float(loss[i] - 1.96 * error[i]), float(loss[i] + 1.96 * error[i]),
             True,
@@ -197,7 +198,7 @@ def _predicted(
                 overhead = 16 / spec.block if spec.block else 0.0
                 out.append(
                     Candidate(
-                        r.model, r.family, str(spec), False,
+                        r.model, r.family, str(spec), False, "same",
                         r.parameters * (k + overhead) / 8,
                         cache_bytes(r, context, shapes.get(r.model)),
                         loss, base + delta / spread, base + delta * spread, False,
@@ -227,7 +228,8 @@ def _behind(frame: Frame, ranked: Sequence[Candidate]) -> tuple[float, float]:
     rows = []
     for c in (first, second):
         for i, r in enumerate(frame.records):
-            if c.measured and (r.model, r.spec, r.search) == (c.model, c.spec, c.search):
+            cell = (r.model, r.spec, r.search, r.embedding)
+            if c.measured and cell == (c.model, c.spec, c.search, c.embedding):
                 rows.append(i)
                 break
     if len(rows) < 2:
@@ -247,6 +249,7 @@ def describe(candidate: Candidate) -> str:
     if candidate.extrapolated:
         how += f", extrapolating: {candidate.extrapolated}"
     spec = candidate.spec + (" with scale search" if candidate.search else "")
+    spec += " and the embedding in 16 bits" if candidate.embedding == "keep" else ""
     scale = 1 / np.log(2)
     return (
         f"{candidate.model} as {spec if candidate.spec != 'none' else 'it is (16-bit)'}: "
