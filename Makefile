@@ -7,7 +7,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/kbit_kerne
 # The parts of `make bench`; each writes its section of benchmarks/results/MACHINE.json.
 BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-llama
 
-.PHONY: help install demo test lint format study bench $(BENCHES) bench-models clean
+.PHONY: help install demo test lint format study books bench $(BENCHES) bench-models clean
 
 help:  ## this list
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -67,14 +67,21 @@ bench-smollm2: bench-models
 bench-llama: bench-models
 	$(BIN)/python benchmarks/decode.py llama-1b
 
-TEXTS ?= $(wildcard ../shared/data/books/train-0*.txt)
+SHARED ?= ../shared
+TEXTS ?= $(wildcard $(SHARED)/data/books/train-0*.txt)
 POCKET := build/pocket
 study: $(VENV)/test  ## from plain texts (TEXTS=...) to a family, a sweep, laws and a report
 	$(BIN)/kbit family train --preset pocket --out $(POCKET)/family $(addprefix --text ,$(TEXTS))
 	$(BIN)/kbit sweep scaling/studies/pocket.toml
-	$(BIN)/kbit fit scaling/studies/pocket.toml --out $(POCKET)
-	$(BIN)/kbit plot scaling/studies/pocket.toml --out $(POCKET)/figures
-	$(BIN)/kbit report scaling/studies/pocket.toml --out $(POCKET)/report.html
+	$(BIN)/kbit report scaling/studies/pocket.toml --out $(POCKET)/report.html --all
+
+BOOKS := scaling/studies/books
+books: $(VENV)/test  ## the committed study again, from the texts and models in SHARED=...
+	$(BIN)/kbit family train --preset books --sizes s0,s1,s2 --tokens 8388608 \
+	    --out build/family-long --tokenizer $(SHARED)/models/books-s0/tokenizer.json \
+	    $(addprefix --text ,$(TEXTS))
+	$(BIN)/kbit sweep $(BOOKS)/study.toml --path shared=$(SHARED) --pack
+	$(BIN)/kbit report $(BOOKS)/study.toml --out $(BOOKS)/report.html --all --findings $(BOOKS)/FINDINGS.md
 
 format: $(VENV)/lint  ## put the sources in ruff's format
 	$(BIN)/ruff check --fix

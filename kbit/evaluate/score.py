@@ -18,6 +18,7 @@ from kbit.errors import KbitError
 from kbit.evaluate.protocols import Window
 
 LOGITS_BYTES = 64 << 20  # of float32 logits of one model that may exist at a time
+GPU_LOGITS_BYTES = 1 << 30  # the same on a GPU, which smaller steps would leave idle
 # Rows handled together below: their float64 temporaries should stay in the cache of a core.
 _ROWS_BYTES = 1 << 20
 
@@ -153,12 +154,22 @@ def _score(window: Window, parts: Sequence[np.ndarray]) -> WindowScore:
 
 
 def groups(executors: Sequence[Executor], windows: Iterable[Window]) -> Iterator[list[Window]]:
-    """Windows to be computed together: as many as fit the budget for logits, at most 32."""
+    """Windows to be computed together: as many as fit the budget for logits, at most 32 (on a GPU
+    256)."""
     vocabulary = max(e.decoder.vocab_size for e in executors)
+    on_gpu = all(_on_gpu(e) for e in executors)
     todo = iter(windows)
     for first in todo:
-        wanted = LOGITS_BYTES // (4 * vocabulary * len(first.tokens))
-        yield [first, *islice(todo, min(max(wanted, 1), 32) - 1)]
+        wanted = _budget(on_gpu) // (4 * vocabulary * len(first.tokens))
+        yield [first, *islice(todo, min(max(wanted, 1), 256 if on_gpu else 32) - 1)]
+
+
+def _on_gpu(executor: Executor) -> bool:
+    return str(getattr(executor, "device", "cpu")).startswith("cuda")
+
+
+def _budget(on_gpu: bool) -> int:
+    return GPU_LOGITS_BYTES if on_gpu else LOGITS_BYTES
 
 
 def sliced_logits(
@@ -174,7 +185,7 @@ def sliced_logits(
     if start:
         executor.forward([i[:start] for i in inputs], cache)
     vocabulary = executor.decoder.vocab_size
-    size = max(1, LOGITS_BYTES // (4 * vocabulary * len(group)))
+    size = max(1, _budget(_on_gpu(executor)) // (4 * vocabulary * len(group)))
     for begin in range(start, longest, size):
         logits = executor.forward([i[begin : begin + size] for i in inputs], cache, all_logits=True)
         slices = []

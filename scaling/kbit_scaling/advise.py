@@ -19,6 +19,7 @@ from kbit.models import describe_checkpoint
 from kbit_kernels.spec import QuantSpec
 
 from .analysis import LawStudy
+from .beyond import Beyond
 from .frame import Frame
 from .laws import Points
 from .records import Record
@@ -56,6 +57,7 @@ class Candidate:
     family: str
     spec: str
     search: bool
+    embedding: str
     weights_bytes: float
     cache_bytes: float
     loss: float
@@ -143,7 +145,7 @@ def _measured(frame: Frame, context: int, shapes: dict[str, tuple[int, int]]) ->
     loss, error = value * np.log(2), stderr * np.log(2)
     return [
         Candidate(
-            r.model, r.family, r.spec, r.search, r.bytes,
+            r.model, r.family, r.spec, r.search, r.embedding, r.bytes,
             cache_bytes(r, context, shapes.get(r.model)),
             float(loss[i]), float(loss[i] - 1.96 * error[i]), float(loss[i] + 1.96 * error[i]),
             True,
@@ -196,7 +198,7 @@ def _predicted(
                 overhead = 16 / spec.block if spec.block else 0.0
                 out.append(
                     Candidate(
-                        r.model, r.family, str(spec), False,
+                        r.model, r.family, str(spec), False, "same",
                         r.parameters * (k + overhead) / 8,
                         cache_bytes(r, context, shapes.get(r.model)),
                         loss, base + delta / spread, base + delta * spread, False,
@@ -226,7 +228,8 @@ def _behind(frame: Frame, ranked: Sequence[Candidate]) -> tuple[float, float]:
     rows = []
     for c in (first, second):
         for i, r in enumerate(frame.records):
-            if c.measured and (r.model, r.spec, r.search) == (c.model, c.spec, c.search):
+            cell = (r.model, r.spec, r.search, r.embedding)
+            if c.measured and cell == (c.model, c.spec, c.search, c.embedding):
                 rows.append(i)
                 break
     if len(rows) < 2:
@@ -246,6 +249,7 @@ def describe(candidate: Candidate) -> str:
     if candidate.extrapolated:
         how += f", extrapolating: {candidate.extrapolated}"
     spec = candidate.spec + (" with scale search" if candidate.search else "")
+    spec += " and the embedding in 16 bits" if candidate.embedding == "keep" else ""
     scale = 1 / np.log(2)
     return (
         f"{candidate.model} as {spec if candidate.spec != 'none' else 'it is (16-bit)'}: "
@@ -253,3 +257,25 @@ def describe(candidate: Candidate) -> str:
         f"{candidate.high * scale:.4f}] ({how}); weights {candidate.weights_bytes / 1e6:.2f} MB, "
         f"cache {candidate.cache_bytes / 1e6:.2f} MB"
     )
+
+
+def describe_beyond(found: Beyond, group: str) -> str:
+    """What the laws say about larger models, as text."""
+    scale = 1 / np.log(2)
+    lines = [
+        f"the study has no larger model. Its laws (the base curve and {found.law}), extrapolated "
+        f"to {found.times:,.0f} times its largest, {group}"
+        + (f", trained on {found.tokens / 1e6:.3g}M tokens:" if np.isfinite(found.tokens) else ":")
+    ]
+    for place, s in enumerate(found.sizes[:3], 1):
+        behind = (
+            f"; {s.behind * scale:.4f} behind [{s.behind_low * scale:.4f}, "
+            f"{s.behind_high * scale:.4f}]"
+            if place > 1
+            else ""
+        )
+        lines.append(
+            f"  {place}. {s.bits}-bit, {s.parameters:.3g} parameters: {s.loss * scale:.4f} bits "
+            f"per byte [{s.low * scale:.4f}, {s.high * scale:.4f}]{behind}"
+        )
+    return "\n".join(lines)

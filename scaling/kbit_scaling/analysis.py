@@ -40,6 +40,11 @@ class LawResult:
     held_out_nats: float = float("nan")
     note: str = ""
 
+    @property
+    def full_name(self) -> str:
+        """`H2 kumar`."""
+        return self.name if self.label == self.name else f"{self.label} {self.name}"
+
 
 @dataclass(frozen=True)
 class LawStudy:

@@ -9,9 +9,11 @@ from html import escape
 from .figures import Figure, Series, clipped
 
 WIDTH, HEIGHT = 640, 400
-LEFT, RIGHT, TOP, BOTTOM = 62, 10, 10, 46
-# Okabe & Ito's colours, told apart by colour-blind readers
-COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#777777")
+LEFT, RIGHT, TOP, BOTTOM = 80, 12, 10, 54
+# Okabe & Ito's colours and four of Tol's, told apart by colour-blind readers
+COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f", "#777777",
+          "#5548b4", "#a03060")  # fmt: skip
+MANY_POINTS = 40  # a cloud, drawn smaller
 MOST_POINTS = 1500
 
 SCRIPT = """
@@ -94,12 +96,13 @@ def svg(figure: Figure) -> str:
     out = [
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(figure.title)}">',
     ]
-    for tick in x.ticks():
+    named = dict(enumerate(figure.x_names))
+    for tick in named or x.ticks():
         at = x(tick)
         out.append(
             f'<line class="grid" x1="{at:.1f}" x2="{at:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
-            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 15}" text-anchor="middle">'
-            f"{number(tick)}</text>"
+            f'<text x="{at:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">'
+            f"{escape(named[int(tick)]) if named else number(tick)}</text>"
         )
     for tick in y.ticks():
         at = y(tick)
@@ -110,7 +113,7 @@ def svg(figure: Figure) -> str:
     out.append(
         f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" '
         f'text-anchor="middle">{escape(figure.x_label)}</text>'
-        f'<text class="label" transform="translate(14 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
+        f'<text class="label" transform="translate(16 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
         f'text-anchor="middle">{escape(figure.y_label)}</text>'
     )
     out += [_series(s, COLORS[i % len(COLORS)], x, y) for i, s in enumerate(lines)]
@@ -128,7 +131,7 @@ def _series(series: Series, color: str, x: _Scale, y: _Scale) -> str:
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in places)
         dash = ' stroke-dasharray="5 4"' if series.style == "dashed" else ""
         out.append(f'<polyline fill="none" stroke-width="1.6"{dash} points="{path}"/>')
-    radius = 2.0 if series.style == "points" else 3.0
+    radius = 2.0 if series.style == "points" and len(rows) > MANY_POINTS else 3.0
     for i, (px, py) in zip(rows, places, strict=True):
         error = series.error[i] if series.error else 0.0
         if error > 0 and y.holds(series.y[i] - error):

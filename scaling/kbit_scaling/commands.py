@@ -67,18 +67,28 @@ def sweep(
     plan_only: Annotated[
         bool, typer.Option("--plan", help="Say what would run, and stop.")
     ] = False,
+    pack: Annotated[
+        bool, typer.Option("--pack", help="Write the study's records once more, as .gz.")
+    ] = False,
 ) -> None:
     """Measure every cell of a study that is not recorded yet."""
     from kbit.errors import KbitError
 
+    from . import records as files
     from .executors import get_executor
-    from .records import Store
     from .run import Settings, plan
     from .run import sweep as run_sweep
     from .study import read_study
 
     read = read_study(study, _paths(path))
-    store = Store(records or read.records)
+    place = records or read.records
+    packed = place.with_name(place.name + ".gz")
+    if packed.exists() and not place.exists():
+        if plan_only:
+            place = packed
+        else:
+            files.unpack(packed, place)
+    store = files.Store(place)
     settings = Settings(
         read.texts, read.tasks, cache.resolve(), int(cache_gb * 1e9), threads, device
     )
@@ -103,6 +113,11 @@ def sweep(
         print(f"  failed {count} x: {reason}", file=sys.stderr)
     if not ok:
         raise KbitError(f"all cells failed; the reasons stand in {store.path}")
+    if pack:
+        models = {model.name for model in read.models}
+        # Cells that the study no longer has go; those of a model that is not here now stay.
+        files.pack(store, packed, lambda r: r.cell in planned.wanted or r.model not in models)
+        print(packed)
 
 
 def _reasons(store: Store) -> list[tuple[str, int]]:

@@ -7,6 +7,8 @@ all, and then yields records of failure that say so.
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -57,6 +59,18 @@ class Inline:
             yield compute(planned, settings)
 
 
+def _end_with_parent() -> None:
+    """Ends a worker whose sweep was killed; it would work off its queue for nobody."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True).start()
+
+
 class Pool:
     """`workers` processes on this machine."""
 
@@ -70,7 +84,7 @@ class Pool:
         context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         while todo:
             running: dict[Future[list[Record]], tuple[Planned, int]] = {}
-            pool = ProcessPoolExecutor(self.workers, mp_context=context)
+            pool = ProcessPoolExecutor(self.workers, context, _end_with_parent)
             try:
                 while todo or running:
                     # a short queue keeps neighbours (the same model) running side by side

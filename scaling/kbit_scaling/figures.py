@@ -13,6 +13,7 @@ from .analysis import BestWidth, LawStudy, Worth, pareto
 from .frame import UNQUANTIZED, Frame
 
 Array = NDArray[Any]
+EDGE = 100
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class Figure:
     series: tuple[Series, ...]
     x_log: bool = False
     y_log: bool = False
+    x_names: tuple[str, ...] = ()  # of x = 0, 1, 2, ...
     y_top: float | None = None  # points above are left out
     caption: str = ""
 
@@ -188,7 +190,7 @@ def worth(worths: Sequence[Worth], reference: str, metric: str, slug: str) -> Fi
 
 def best_width(found: Sequence[BestWidth], metric: str, group: str) -> Figure:
     """How often each width won at each size."""
-    widths = sorted({k for b in found for k in b.share})
+    widths = sorted({k for b in found for k, share in b.share.items() if share})
     series = [
         Series(
             f"{k}-bit",
@@ -225,9 +227,9 @@ def law_residuals(study: LawStudy) -> Figure:
         rows = np.flatnonzero((observed > 0) & (ratio > 0))
         series.append(
             Series(
-                f"{result.label} {result.name}",
+                result.full_name,
                 _floats(observed[rows]),
-                _floats(ratio[rows]),
+                _floats(np.clip(ratio[rows], 1 / EDGE, EDGE)),
                 labels=tuple(
                     f"{result.name}: {points.models[points.model[i]]} k={points.bits[i]:g} "
                     f"{points.groups[points.group[i]]}: x{ratio[i]:.2f}"
@@ -244,7 +246,8 @@ def law_residuals(study: LawStudy) -> Figure:
         tuple(series),
         x_log=True,
         y_log=True,
-        caption="On the line at 1 a law is right. Fitted to all models.",
+        caption="At 1 a law is right. Fitted to all models. What is off by more than a factor of "
+        f"{EDGE} is drawn at the edge.",
     )
 
 
@@ -262,17 +265,20 @@ def held_out(studies: Sequence[LawStudy]) -> Figure:
                 f"{study.metric}, {study.target}, {'+'.join(study.groups)}",
                 _floats(i for i, _ in rows),
                 _floats(r.held_out_log for _, r in rows),
-                labels=tuple(f"{r.label} {r.name}: {r.held_out_log:.2f}" for _, r in rows),
+                labels=tuple(f"{r.full_name}: {r.held_out_log:.2f}" for _, r in rows),
+                style="points",
             )
         )
-    names = ", ".join(f"{i} = {r.label} {r.name}" for i, r in enumerate(studies[0].results))
     return Figure(
         "held-out",
         "Error on the held-out largest model",
-        f"law ({names})",
+        "law",
         "median |log(predicted / observed)|",
         tuple(series),
-        caption="The laws were fitted without the largest model. 0.1 is 10 percent off.",
+        x_names=tuple(r.label for r in studies[0].results),
+        caption="The laws were fitted without the largest model. 0.1 is 10 percent off. "
+        + ", ".join(r.full_name for r in studies[0].results)
+        + ".",
     )
 
 
@@ -312,7 +318,7 @@ def over_tokens(frame: Frame, group: str) -> Figure | None:
     series = []
     sizes = sorted({(r.family, r.non_embedding) for r in chosen.records})
     for family, size in sizes:
-        for k in (2, 3, 4, 6):
+        for k in (2, 4, 6):
             rows = [
                 i
                 for i, r in enumerate(chosen.records)

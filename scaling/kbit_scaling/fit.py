@@ -25,6 +25,7 @@ Array = NDArray[Any]
 
 HUBER_DELTA = 1e-3
 MAX_GRID = 6000
+SCOUT_STEPS = 60
 _STEP = 1e-30
 # Below this ratio to the largest singular value of the (column-scaled) Jacobian a direction in
 # parameter space leaves every prediction unchanged: the data says nothing about it.
@@ -59,7 +60,8 @@ class Estimate:
 
     status: 'identified'; 'weak' where two standard errors cover a factor of e^2 of a positive
     constant or zero for an exponent; 'unidentified' where changing it, together with `tied_to`,
-    changes no prediction. low, high: 95% bootstrap interval (nan without a bootstrap).
+    changes no prediction, or where the search ended at its bound. low, high: 95% bootstrap
+    interval (nan without a bootstrap).
     """
 
     name: str
@@ -146,22 +148,48 @@ def _polish(law: Law, theta: Array, points: Points, delta: float) -> Array:
     return np.asarray(result.x)
 
 
-def _lbfgs(law: Law, theta: Array, points: Points, delta: float, steps: int = 300) -> Array:
+def _bounds(law: Law) -> Array:
+    """[p, 2]: far beyond what can be meant; keeps exponents that the data does not know from
+    running away."""
+    widest = [5.0 if p.name.startswith("gamma_") else 60.0 for p in law.parameters()]
+    return np.array([[-w, w] for w in widest])
+
+
+def _lbfgs(
+    law: Law,
+    theta: Array,
+    points: Points,
+    delta: float,
+    *,
+    steps: int = 300,
+    ftol: float = 1e-15,
+    near: bool = False,
+) -> Array:
+    """near: theta is close to the optimum. Each parameter is then measured by its effect on the
+    predictions there; else one with a small effect (the degradation at 8 bits, say) would not move
+    before the others have ended the search. Far away the effects say nothing yet."""
+    scale = np.ones(len(theta))
+    if near:
+        effect = np.linalg.norm(jacobian(law, theta, points), axis=0)
+        usable = np.isfinite(effect) & (effect > 1e-9 * np.nanmax(effect, initial=0.0))
+        scale = np.where(usable, effect, 1.0)
+
     # In units of delta^2 the objective is of the order of n, which L-BFGS' tolerances expect.
-    def value_and_gradient(t: Array) -> tuple[float, Array]:
-        r, slope = linearize(law, t, points)
+    def value_and_gradient(scaled: Array) -> tuple[float, Array]:
+        r, slope = linearize(law, scaled / scale, points)
         gradient = slope.T @ (np.clip(r, -delta, delta) / delta**2)
-        return float(huber(r, delta).sum() / delta**2), gradient
+        return float(huber(r, delta).sum() / delta**2), gradient / scale
 
     with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
         found = minimize(
             value_and_gradient,
-            theta,
+            theta * scale,
             jac=True,
             method="L-BFGS-B",
-            options={"maxiter": steps, "ftol": 1e-15, "gtol": 1e-9},
+            bounds=_bounds(law) * scale[:, None],
+            options={"maxiter": steps, "ftol": ftol, "gtol": 1e-9},
         )
-    return np.asarray(found.x)
+    return np.asarray(found.x / scale)
 
 
 def optimum(
@@ -182,18 +210,22 @@ def optimum(
         order = np.argsort(
             np.concatenate([_objective(law, part, points, delta) for part in _parts(starts)])
         )
-    best, best_value = starts[order[0]], np.inf
-    for i in order[:keep]:
-        theta = _lbfgs(law, starts[i], points, delta)
-        value = float(_objective(law, theta, points, delta))
+    # All of them a short way, the three best to the end.
+    scouts = [_lbfgs(law, starts[i], points, delta, steps=SCOUT_STEPS) for i in order[:keep]]
+    scouts.sort(key=lambda theta: float(_objective(law, theta, points, delta)))
+    best, best_value = scouts[0], np.inf
+    for theta in scouts[:3]:
+        found = _lbfgs(law, theta, points, delta)
+        value = float(_objective(law, found, points, delta))
         if value < best_value:
-            best, best_value = theta, value
+            best, best_value = found, value
         if best_value < 1e-6 * delta**2:  # residuals of noise-free data: nothing left to find
             break
     if not np.isfinite(best_value):
         raise KbitError(f"law {law.name!r}: no start gives a finite prediction for these points")
     polished = _polish(law, best, points, delta)
-    return polished if _objective(law, polished, points, delta) <= best_value else best
+    inside = bool((np.abs(polished) <= _bounds(law)[:, 1]).all())
+    return polished if inside and _objective(law, polished, points, delta) <= best_value else best
 
 
 def _parts(starts: Array) -> list[Array]:
@@ -217,6 +249,7 @@ def _estimates(law: Law, theta: Array, points: Points) -> tuple[Estimate, ...]:
     inverse = np.where(null, 0.0, 1.0 / np.where(null, 1.0, s))
     stderr = noise * np.linalg.norm(vt.T * inverse, axis=1) / scale
     names = [parameter.natural_name for parameter in parameters]
+    bounds = _bounds(law)
     out = []
     for i, parameter in enumerate(parameters):
         value = parameter.natural(theta[i])
@@ -226,7 +259,7 @@ def _estimates(law: Law, theta: Array, points: Points) -> tuple[Estimate, ...]:
         for row in loading:
             if row[i]:
                 partners |= {names[m] for m in np.flatnonzero(row) if m != i}
-        if partners or dead[i]:
+        if partners or dead[i] or abs(theta[i]) > 0.999 * bounds[i, 1]:
             status, error = "unidentified", float("inf")
         elif (positive and stderr[i] > 1.0) or (not positive and 2 * stderr[i] > abs(theta[i])):
             status = "weak"
@@ -312,7 +345,9 @@ def bootstrap(
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             # no search: the optimum of a resample lies near that of all data, and an interval
             # needs it to a few digits
-            out[row] = _lbfgs(fitted.law, fitted.theta, points, delta, steps=150)
+            out[row] = _lbfgs(
+                fitted.law, fitted.theta, points, delta, steps=100, ftol=1e-8, near=True
+            )
     return out
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kbit.errors import KbitError
+from kbit_kernels.formats import DATA_TYPES
 from kbit_kernels.spec import QuantSpec
 
 from .laws import Points
@@ -32,6 +35,14 @@ def group_of(record: Record) -> str:
     extra += "" if record.method == "rtn" else f"+{record.method}"
     extra += "" if record.embedding == "same" else f"+embedding {record.embedding}"
     return f"{spec.dtype}-{place}{extra}"
+
+
+def group_order(group: str) -> tuple[int, int, str]:
+    """Key that sorts groups: by data type as in the table of types, block, and the rest."""
+    dtype, _, place = group.partition("-")
+    block = re.match(r"b(\d+)", place)
+    known = list(DATA_TYPES)
+    return known.index(dtype) if dtype in known else -1, int(block[1]) if block else 0, place
 
 
 def width_of(record: Record) -> int:
@@ -163,13 +174,23 @@ def _total(values: Array, weights: Array | None) -> Array:
     return np.asarray(values.sum(1) if weights is None else values @ weights)
 
 
+def _newest(records: Sequence[Record]) -> list[Record]:
+    """Without what was measured on another text, or on a model before it was trained anew."""
+    text, model = "", dict[str, str]()
+    for r in sorted(records, key=lambda r: r.made.get("time", "")):
+        text = str(r.identity["metric"].get("text"))
+        model[r.model] = str(r.identity["model"])
+    return [
+        r
+        for r in records
+        if str(r.identity["metric"].get("text")) == text
+        and str(r.identity["model"]) == model[r.model]
+    ]
+
+
 def frame(records: Iterable[Record], metric: str) -> Frame:
     """All successful cells of a text. KbitError if there are none."""
-    ok = [r for r in records if r.status == "ok" and r.metric == metric and r.documents]
-    # One text, one protocol: a record of a text that has since changed is not mixed in.
-    counts: dict[str, int] = {}
-    for r in ok:
-        counts[str(r.identity["metric"])] = counts.get(str(r.identity["metric"]), 0) + 1
+    ok = _newest([r for r in records if r.status == "ok" and r.metric == metric and r.documents])
     plain = {
         (r.model, str(r.identity["model"]), str(r.identity["metric"])): r
         for r in ok
@@ -209,8 +230,9 @@ def frame(records: Iterable[Record], metric: str) -> Frame:
 
 
 def text_metrics(records: Iterable[Record]) -> list[str]:
-    """Names of the texts among the records, in their order."""
-    return list(dict.fromkeys(r.metric for r in records if r.documents is not None))
+    """Names of the texts among the records, the one with most cells first."""
+    cells = Counter(r.metric for r in records if r.documents is not None)
+    return [name for name, _ in sorted(cells.items(), key=lambda item: (-item[1], item[0]))]
 
 
 def task_metrics(records: Iterable[Record]) -> list[str]:

@@ -31,24 +31,31 @@ from .records import Documents
 # Raised whenever a change in this package or under it changes a number: it is part of the identity
 # of every cell, so that old records are not taken for new ones.
 CODE_VERSION = 1
-ARITHMETIC = "torch-fp32"
-_ROWS_BYTES = 4 << 20
+DTYPE = "fp32"  # whatever the device's own default is
+_ROWS_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}  # a core's cache; enough to keep a GPU busy
+
+
+def arithmetic(device: str) -> str:
+    """What a cell's numbers were computed in."""
+    kind = device.partition(":")[0]
+    return f"torch-{DTYPE}" if kind == "cpu" else f"torch-{DTYPE}-{kind}"
 
 
 def _positions(
     executor: Executor, windows: Sequence[Window]
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
     """For every window in slices: (index of the window for each row, logits fp32 [R, V], targets
-    int64 [R]), few enough rows at a time for a core's cache."""
+    int64 [R]) on the executor's device, few enough rows at a time for its cache or memory."""
     index = {id(window): i for i, window in enumerate(windows)}
+    device = torch.device(getattr(executor, "device", "cpu"))
     for group in groups([executor], windows):
         for slices in sliced_logits(executor, group):
             for window, (logits, targets) in zip(group, slices, strict=True):
-                rows = max(1, _ROWS_BYTES // (4 * logits.shape[1]))
+                rows = max(1, _ROWS_BYTES[device.type] // (4 * logits.shape[1]))
                 for at in range(0, len(targets), rows):
                     part = torch.from_numpy(logits[at : at + rows])
                     goal = torch.from_numpy(np.ascontiguousarray(targets[at : at + rows]))
-                    yield [index[id(window)]] * len(goal), part, goal
+                    yield [index[id(window)]] * len(goal), part.to(device), goal.to(device)
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ class _Sums:
 
     def add(self, window_of: list[int], name: str, values: torch.Tensor) -> None:
         rows = self.document_of[window_of]
-        getattr(self, name)[:] += np.bincount(rows, values.double().numpy(), len(self.kl))
+        getattr(self, name)[:] += np.bincount(rows, values.double().cpu().numpy(), len(self.kl))
 
     def documents(self) -> Documents:
         if not np.isfinite(self.log_likelihood).all():
@@ -158,7 +165,7 @@ class ReferenceCache:
         for window_of, logits, targets in _positions(executor, windows):
             log_p, log_likelihood = _log_likelihood(logits, targets)
             sums.add(window_of, "log_likelihood", log_likelihood)
-            out[at : at + len(targets)] = log_p.clamp(min=-65000.0).half().numpy()
+            out[at : at + len(targets)] = log_p.clamp(min=-65000.0).half().cpu().numpy()
             at += len(targets)
         assert at == total
         out.flush()
@@ -189,7 +196,7 @@ def compare(executor: Executor, reference: Reference, windows: Sequence[Window])
     for window_of, logits, targets in _positions(executor, windows):
         log_q, log_likelihood = _log_likelihood(logits, targets)
         stored = np.array(reference.log_probabilities[at : at + len(targets)])
-        log_p = torch.from_numpy(stored).float()
+        log_p = torch.from_numpy(stored).to(logits.device).float()
         sums.add(window_of, "agree", (log_p.argmax(1) == log_q.argmax(1)).float())
         sums.add(window_of, "log_likelihood", log_likelihood)
         p = log_p.exp()

@@ -7,8 +7,8 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -207,9 +207,19 @@ class Store:
         return True
 
 
-def pack(store: Store, out: Path) -> None:
+def pack(store: Store, out: Path, keep: Callable[[Record], bool] = lambda record: True) -> None:
     """Writes the store's records as one .jsonl.gz, sorted by cell, byte for byte repeatable."""
-    lines = [r.model_dump_json() for r in sorted(store, key=lambda r: r.cell)]
+    lines = [r.model_dump_json() for r in sorted(store, key=lambda r: r.cell) if keep(r)]
     aside = out.with_name(out.name + ".part")
     aside.write_bytes(gzip.compress(("\n".join(lines) + "\n").encode(), 9, mtime=0))
     aside.replace(out)
+
+
+def unpack(packed: Path, out: Path) -> None:
+    """Writes packed records as a store that can grow, unless another process was first."""
+    lines = [r.model_dump_json() + "\n" for r in Store(packed)]
+    aside = out.with_name(f"{out.name}.{os.getpid()}.part")
+    aside.write_text("".join(lines), encoding="utf-8")
+    with suppress(FileExistsError):
+        os.link(aside, out)
+    aside.unlink()

@@ -37,7 +37,7 @@ svg .grid { stroke: var(--rule); stroke-width: .7; } svg .off { display: none; }
 .legend button:focus-visible { outline: 2px solid currentColor; }
 .legend button[aria-pressed=false] { opacity: .35; }
 .legend span { display: inline-block; width: .7em; height: .7em; border-radius: 50%;
-  margin-right: .35em; }
+  margin-right: .35em; print-color-adjust: exact; -webkit-print-color-adjust: exact; }
 .tip { position: absolute; pointer-events: none; background: var(--ink); color: var(--paper);
   font-size: .8rem; padding: .2rem .5rem; border-radius: 4px; max-width: 92%; z-index: 1; }
 .scroll { overflow-x: auto; }
@@ -47,11 +47,12 @@ th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid var(
 th:first-child, td:first-child { text-align: left; }
 th { background: var(--tint); }
 pre { background: var(--tint); padding: .7rem; overflow-x: auto; font-size: .86rem; }
+@media (max-width: 560px) { svg text { font-size: 19px; } }
 @media print { body { max-width: none; font-size: 10pt; }
   .legend button[aria-pressed=false] { display: none; } .scroll { overflow: visible; }
-  figure.chart, tr { break-inside: avoid; }
+  figure.chart, tr { break-inside: avoid; } h2, h3 { break-after: avoid; }
   .charts { grid-template-columns: 1fr 1fr; }
-  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; } }
+  table { font-size: 7.5pt; } th, td { padding: .1rem .3rem; white-space: normal; } }
 """
 
 
@@ -108,10 +109,10 @@ def law_section(study: LawStudy) -> str:
     rows = []
     for r in study.results:
         if r.fit is None:
-            rows.append((f"{r.label} {r.name}", "-", "-", "-", "-", r.note))
+            rows.append((r.full_name, "-", "-", "-", "-", r.note))
             continue
         held = f"{r.held_out_log:.3f}" if np.isfinite(r.held_out_log) else "-"
-        rows.append((f"{r.label} {r.name}", str(r.fit.p), f"{r.fit.aic:.0f}",
+        rows.append((r.full_name, str(r.fit.p), f"{r.fit.aic:.0f}",
                      f"{r.fit.median_error:.4f}", held, r.note or r.title))  # fmt: skip
     head = ("law", "parameters", "AIC", "median |log error|", "held-out |log ratio|", "")
     out = [
@@ -215,7 +216,7 @@ def page(
     words = "".join(f"<p>{escape(p)}</p>" for p in findings.split("\n\n") if p.strip())
     charts = "".join(chart.html(figure) for figure in summary.figures())
     best = [
-        f"{s.metric}, {s.target}, {', '.join(s.groups)}: {b.label} {b.name}, {b.held_out_log:.3f}"
+        f"{s.metric}, {s.target}, {', '.join(s.groups)}: {b.full_name}, {b.held_out_log:.3f}"
         for s in summary.laws
         if (b := s.best_held_out) is not None
     ]

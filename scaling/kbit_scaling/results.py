@@ -76,10 +76,16 @@ def _fitted(
 def _summary(
     source: Path, records: Path | None, laws: str = "", groups: str = "", replicates: int = 100
 ) -> Summary:
+    import os
+
     from .summary import summarize
 
     return summarize(
-        _store(source, records), laws=_names(laws), groups=_names(groups), replicates=replicates
+        _store(source, records),
+        laws=_names(laws),
+        groups=_names(groups),
+        replicates=replicates,
+        processes=os.cpu_count() or 1,
     )
 
 
@@ -156,21 +162,43 @@ def report(
         Path | None,
         typer.Option(help="Text for the top: plain, or the head of Markdown.", metavar="FILE"),
     ] = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Beside the page, also figures/*.svg and fits.json.")
+    ] = False,
 ) -> None:
     """Write a study as one HTML page: method, figures, tables, intervals, failures."""
+    import json
     import tomllib
 
-    from . import report as pages
+    from kbit.errors import KbitError
 
+    from . import report as pages
+    from .findings import fill, plain
+    from .plot import draw_all
+
+    if source.suffix == ".csv":
+        raise KbitError(f"{source}: a published grid has no cells to report; use kbit fit and plot")
     summary = _summary(source, records, replicates=replicates)
+    if everything:
+        _write(out.parent / "fits.json", json.dumps(summary.as_json(), indent=1) + "\n")
+        draw_all(summary.figures(), out.parent / "figures")
     title, question = source.stem, "Which model at which width, for a given number of bytes?"
+    commands: list[str] = []
     if source.suffix == ".toml":
         study = tomllib.loads(source.read_text(encoding="utf-8"))
         title = study.get("title") or study.get("name", title)
         question = study.get("question") or question
-    commands = [f"kbit sweep {source.name}", f"kbit fit {source.name} --replicates {replicates}",
-                f"kbit report {source.name} --replicates {replicates}"]  # fmt: skip
-    words = findings.read_text(encoding="utf-8") if findings else ""
+        commands = [*study.get("prepare", []), f"kbit sweep {source}"]
+    told = f" --findings {findings}" if findings else ""
+    commands.append(f"kbit report {source} --out {out} --replicates {replicates}{told}")
+    words = ""
+    if findings:
+        given = findings.read_text(encoding="utf-8")
+        fits = json.loads(json.dumps(summary.as_json()))  # with the keys that fits.json has
+        words = fill(given, fits)
+        if words != given:
+            _write(findings, words)
+        words = plain(words)
     if words.startswith("# "):  # of a Markdown file: the paragraphs before its first section
         words = words.partition("\n")[2].partition("\n## ")[0]
     page = pages.page(summary, title=title, question=question, commands=commands, findings=words)
@@ -186,7 +214,7 @@ def advise(
         str | None, typer.Option(help="This family only.", show_default="all")
     ] = None,
     text: Annotated[
-        str | None, typer.Option(help="Rank by this text.", show_default="the first")
+        str | None, typer.Option(help="Rank by this text.", show_default="that of most cells")
     ] = None,
     top: Annotated[int, typer.Option(help="Places to show.", min=1)] = 3,
     path: Paths = None,
@@ -196,14 +224,20 @@ def advise(
     from kbit.errors import KbitError
 
     from . import advise as advice
-    from .summary import summarize
+    from .analysis import compare_laws
+    from .beyond import beyond
+    from .frame import frame, text_metrics
+    from .laws import get_laws
+    from .summary import main_group
 
     store = _store(source, records)
-    summary = summarize(store, replicates=0)
-    metric = text or next(iter(summary.frames))
-    if metric not in summary.frames:
-        raise KbitError(f"no text named {metric!r}; the study has: {', '.join(summary.frames)}")
-    law = next((s for s in summary.laws if (s.metric, s.target) == (metric, "loss")), None)
+    metrics = text_metrics(r for r in store if r.status == "ok")
+    metric = text or next(iter(metrics), "")
+    if metric not in metrics:
+        raise KbitError(f"no text named {metric!r}; the study has: {', '.join(metrics) or 'none'}")
+    cells = frame(store, metric)
+    group = main_group(cells)
+    law = compare_laws(cells, get_laws([]), groups=[group], target="loss", replicates=0)
     room = advice.parse_memory(memory)
     shapes = {}
     if source.suffix == ".toml":
@@ -214,7 +248,7 @@ def advise(
         except KbitError as reason:
             print(f"the cache is estimated: {reason}", file=sys.stderr)
     found = advice.advise(
-        summary.frames[metric],
+        cells,
         law,
         room,
         context=context,
@@ -230,9 +264,13 @@ def advise(
         error = found.behind_stderr * scale
         known = f" ± {error:.4f} (paired)" if error == error else ""
         print(f"second place is {found.behind * scale:.4f}{known} bits per byte behind")
-    best = law.best_held_out if law is not None else None
+    best = law.best_held_out
     if best is not None:
-        print(f"law: {best.label} {best.name}, off by x{2.718281828 ** best.held_out_log:.2f} "
-              f"(median) on the held-out {law.held_out if law else ''}")  # fmt: skip
+        print(f"law: {best.full_name}, off by x{2.718281828 ** best.held_out_log:.2f} (median) on "
+              f"the held-out {law.held_out}")  # fmt: skip
     if found.too_large:
         print(f"{found.too_large} more would not fit")
+    plain = cells.select(~cells.quantized).points("loss")
+    larger = beyond(law, plain, room - advice.parse_memory(overhead), context)
+    if larger is not None and family is None:
+        print(advice.describe_beyond(larger, group))

@@ -78,9 +78,11 @@ def _text_identity(text: Text, max_positions: int) -> dict[str, Any]:
     }
 
 
-def identity(source: Source, treatment: Treatment, metric: Text | Task) -> dict[str, Any]:
+def identity(
+    source: Source, treatment: Treatment, metric: Text | Task, device: str = "cpu"
+) -> dict[str, Any]:
     """Everything that can change the number of a cell."""
-    from .measure import ARITHMETIC, CODE_VERSION
+    from .measure import CODE_VERSION, arithmetic
     from .tasks import items_digest
 
     if isinstance(metric, Text):
@@ -99,7 +101,7 @@ def identity(source: Source, treatment: Treatment, metric: Text | Task) -> dict[
         "model": source.hashes,
         "treatment": done,
         "metric": measured,
-        "arithmetic": ARITHMETIC,
+        "arithmetic": arithmetic(device),
         "code": CODE_VERSION,
     }
 
@@ -110,20 +112,26 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
     failures: list[Record] = []
     total = done = old_failures = reference_bytes = 0
     largest: dict[str, int] = {}
+    wanted: set[str] = set()
     for job in study.jobs:
         total += len(job.metrics)
         try:
             source = _source(job.model.path)
             identities = {
-                m: identity(source, job.treatment, settings.text(m) or settings.task(m))
+                m: identity(
+                    source, job.treatment, settings.text(m) or settings.task(m), settings.device
+                )
                 for m in job.metrics
             }
         except KbitError as error:
             failures += [_unopened(job, metric, str(error)) for metric in job.metrics]
+            wanted |= {record.cell for record in failures[-len(job.metrics) :]}
             continue
         missing = {}
         for metric, fields in identities.items():
-            record = store.get(identity_hash(fields))
+            cell = identity_hash(fields)
+            wanted.add(cell)
+            record = store.get(cell)
             if record is None or (record.status == "failed" and retry):
                 missing[metric] = fields
             elif record.status == "failed":
@@ -138,12 +146,13 @@ def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan
                     tokens = sum(w.scored for w in _windows(job.model.path, text))
                     largest[key] = 2 * source.decoder.vocab_size * tokens
     reference_bytes = sum(largest.values())
-    return Plan(todo, failures, total, done, old_failures, reference_bytes)
+    return Plan(todo, failures, total, done, old_failures, reference_bytes, frozenset(wanted))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a sweep would do. reference_bytes: disk that the reference logits would take."""
+    """What a sweep would do. reference_bytes: disk that the reference logits would take. wanted:
+    all cells of the study."""
 
     todo: list[Planned]
     failures: list[Record]
@@ -151,6 +160,7 @@ class Plan:
     done: int
     old_failures: int
     reference_bytes: int
+    wanted: frozenset[str]
 
     @property
     def cells(self) -> int:
@@ -202,12 +212,16 @@ def compute(planned: Planned, settings: Settings) -> list[Record]:
 def _compute(planned: Planned, settings: Settings) -> list[Record]:
     from kbit.engine.executor import load_executor
 
-    from .measure import ReferenceCache, compare
+    from .measure import DTYPE, ReferenceCache, compare
 
     job = planned.job
     source = _source(job.model.path)
     cache = ReferenceCache(settings.cache, settings.cache_bytes)
-    options: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
+    options: dict[str, Any] = {
+        "device": settings.device,
+        "dtype": DTYPE,
+        "threads": settings.threads,
+    }
     started = time.perf_counter()
     treated = source.treat(job.treatment)
     quantized = time.perf_counter()

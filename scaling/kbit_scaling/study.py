@@ -2,6 +2,7 @@
 
     name = "books"
     records = "records.jsonl"
+    prepare = ["kbit family train ..."]   # commands that make the models, for the report
 
     [paths]                       # names for folders; --path NAME=DIR of `kbit sweep` overrides
     shared = "../../../shared"
@@ -138,6 +139,7 @@ class StudyTable(_Table):
     grid: list[GridTable] = Field(min_length=1)
     title: str = ""
     question: str = ""
+    prepare: list[str] = []
 
 
 @dataclass(frozen=True)

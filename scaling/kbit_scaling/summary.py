@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,7 +17,7 @@ from kbit.errors import KbitError
 from . import figures
 from .analysis import BestWidth, LawStudy, Worth, best_widths, compare_laws, worth_in_bits
 from .figures import Figure
-from .frame import UNQUANTIZED, Frame, Target, frame, text_metrics
+from .frame import UNQUANTIZED, Frame, Target, frame, group_order, text_metrics
 from .laws import KbitLaw, get_laws
 from .records import Record
 from .weights import NONE
@@ -57,15 +60,16 @@ class Summary:
         """All figures, in the order of the report."""
         out: list[Figure | None] = []
         for metric, panel in self.panels.items():
-            largest = max(panel.records, key=lambda r: r.non_embedding).model
-            kinds = [g for g in dict.fromkeys(panel.groups) if g.endswith("-b64")]
-            blocks = [g for g in dict.fromkeys(panel.groups) if "+" not in g]
+            groups = sorted(set(panel.groups), key=group_order)
+            kinds = [g for g in groups if g.endswith("-b64")]
+            blocks = [g for g in groups if "+" not in g]
             blocks = [g for g in blocks if g.split("-")[0] in _with_blocks(blocks)]
             out.append(figures.loss_over_bits(panel, self.main))
             out.append(figures.best_width(self.best[metric], metric, self.main))
-            out.append(figures.divergence_over_bits(panel, largest, kinds, "types"))
+            out.append(figures.divergence_over_bits(panel, _shown(panel, kinds), kinds, "types"))
             if blocks:
-                out.append(figures.divergence_over_bits(panel, largest, blocks, "blocks"))
+                model = _shown(panel, blocks)
+                out.append(figures.divergence_over_bits(panel, model, blocks, "blocks"))
             for slug, worths in self.worths[metric].items():
                 if worths:
                     out.append(figures.worth(worths, _reference(slug), metric, slug))
@@ -75,6 +79,10 @@ class Summary:
         if self.laws:
             out.append(figures.held_out(self.laws))
         return [f for f in out if f is not None and any(s.x for s in f.series)]
+
+    def law_groups(self, metric: str) -> list[str]:
+        """The groups of cells that laws were fitted to."""
+        return list(dict.fromkeys(g for s in self.laws if s.metric == metric for g in s.groups))
 
     def as_json(self) -> dict[str, Any]:
         """Fits, intervals and tables as plain values."""
@@ -87,9 +95,38 @@ class Summary:
                 m: {slug: [asdict(w) for w in ws] for slug, ws in by.items()}
                 for m, by in self.worths.items()
             },
+            "widths": {m: _widths(self.frames[m], self.law_groups(m)) for m in self.frames},
             "tasks": [asdict(t) for t in self.tasks],
             "failed": [{"reason": reason, "cells": n} for reason, n in self.failed],
         }
+
+
+def _widths(f: Frame, groups: Sequence[str]) -> list[dict[str, Any]]:
+    """The cells of some groups: what a width costs each model. change: bits per byte."""
+    change, change_stderr = f.degradation()
+    kl, kl_stderr, agree = f.divergence(), f.divergence_stderr(), f.agreement()
+    return [
+        {
+            "model": r.model,
+            "group": g,
+            "bits": int(k),
+            "change": round(change[i] / np.log(2), 6),
+            "change_stderr": round(change_stderr[i] / np.log(2), 6),
+            "kl": float(f"{kl[i]:.5g}"),
+            "kl_stderr": float(f"{kl_stderr[i]:.3g}"),
+            "agree": round(float(agree[i]), 4),
+        }
+        for i, (r, g, k) in sorted(
+            enumerate(zip(f.records, f.groups, f.widths, strict=True)),
+            key=lambda row: (
+                row[1][0].family,
+                row[1][0].non_embedding,
+                row[1][0].training_tokens or 0,
+                row[1][2],
+            ),
+        )
+        if g in groups
+    ]
 
 
 def law_json(study: LawStudy) -> dict[str, Any]:
@@ -129,6 +166,13 @@ def _plain(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _shown(panel: Frame, groups: Sequence[str]) -> str:
+    """The model with most of the groups; of those, the largest."""
+    cells = Counter(r.model for r, g in zip(panel.records, panel.groups, strict=True)
+                    if g in groups)  # fmt: skip
+    return max(panel.records, key=lambda r: (cells[r.model], r.non_embedding)).model
+
+
 def _with_blocks(groups: Sequence[str]) -> set[str]:
     counts = Counter(g.split("-")[0] for g in groups)
     return {name for name, n in counts.items() if n > 1}
@@ -163,7 +207,7 @@ def main_group(f: Frame) -> str:
 
 
 def _worths(panel: Frame, replicates: int) -> dict[str, list[Worth]]:
-    groups = [g for g in dict.fromkeys(panel.groups) if g != UNQUANTIZED]
+    groups = sorted(set(panel.groups) - {UNQUANTIZED}, key=group_order)
     out: dict[str, list[Worth]] = {"types": [], "blocks": [], "search": []}
     for group in groups:
         head, _, extra = group.partition("+")
@@ -211,9 +255,11 @@ def summarize(
     laws: Sequence[str] = (),
     groups: Sequence[str] = (),
     replicates: int = 100,
+    processes: int = 1,
 ) -> Summary:
     """All results of a store. groups: fit the laws to these together (default: to each group on its
-    own that has nearly as many cells as the main one). replicates: of the laws' bootstrap."""
+    own that has nearly as many cells as the main one). replicates: of the laws' bootstrap.
+    processes: that fit laws side by side."""
     everything = list(records)
     ok = [r for r in everything if r.status == "ok"]
     if not ok:
@@ -228,7 +274,7 @@ def summarize(
     if not frames:
         raise KbitError("the store holds task scores only; the laws need a text")
     panels, name, main = {}, "", ""
-    studies: list[LawStudy] = []
+    comparisons: list[Callable[[], LawStudy]] = []
     best, worths = {}, {}
     for metric, f in frames.items():
         panel_name, panel = panel_of(f)
@@ -240,8 +286,10 @@ def summarize(
         full = [group, *(g for g in others if counts[g] >= MOST_CELLS * counts[group])]
         targets: tuple[Target, ...] = ("loss", "divergence")
         for together in [list(groups)] if groups else [[g] for g in full]:
-            studies += [
-                compare_laws(f, chosen, groups=together, target=target, replicates=replicates)
+            comparisons += [
+                partial(
+                    compare_laws, f, chosen, groups=together, target=target, replicates=replicates
+                )
                 for target in targets
             ]
         best[metric] = best_widths(panel, main)
@@ -252,12 +300,19 @@ def summarize(
         panels,
         name,
         main,
-        tuple(studies),
+        tuple(_all(comparisons, processes)),
         best,
         worths,
         tuple(_task_scores(ok)),
         tuple(failed.most_common()),
     )
+
+
+def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[LawStudy]:
+    if processes == 1:
+        return [compare() for compare in comparisons]
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        return [pending.result() for pending in [pool.submit(c) for c in comparisons]]
 
 
 def law_table(study: LawStudy) -> str:
@@ -270,13 +325,13 @@ def law_table(study: LawStudy) -> str:
     ]
     for r in study.results:
         if r.fit is None:
-            lines.append(f"  {r.label + ' ' + r.name:<16}not fitted: {r.note}")
+            lines.append(f"  {r.full_name:<16}not fitted: {r.note}")
             continue
         held = f"{r.held_out_log:.3f}" if np.isfinite(r.held_out_log) else "-"
         shown = [_estimate(e) for e in r.fit.estimates[:8]]
         more = len(r.fit.estimates) - len(shown)
         lines.append(
-            f"  {r.label + ' ' + r.name:<16}{r.fit.p:>4}{r.fit.aic:>10.1f}"
+            f"  {r.full_name:<16}{r.fit.p:>4}{r.fit.aic:>10.1f}"
             f"{r.fit.median_error:>9.4f}{held:>10}   "
             + ", ".join(shown)
             + (f", and {more} more" if more else "")

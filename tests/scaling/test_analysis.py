@@ -2,8 +2,6 @@
 
 import json
 import re
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +9,9 @@ import pytest
 
 from kbit.errors import KbitError
 from kbit_scaling import report
-from kbit_scaling.advise import advise, describe, parse_memory
-from kbit_scaling.analysis import best_widths, pareto, worth_in_bits
+from kbit_scaling.advise import advise, describe, describe_beyond, parse_memory
+from kbit_scaling.analysis import best_widths, compare_laws, pareto, worth_in_bits
+from kbit_scaling.beyond import beyond
 from kbit_scaling.frame import Frame, frame, group_of
 from kbit_scaling.laws import get_laws
 from kbit_scaling.plot import draw_all
@@ -223,67 +222,20 @@ def test_figures_are_written(summary: Summary, tmp_path: Path) -> None:
     assert draw_all(figures[:1], tmp_path / "again", ".svg")[0].read_bytes() == first
 
 
-def page(summary: Summary) -> str:
-    return report.page(
+def test_report_stands_alone_and_shows_failures(summary: Summary) -> None:
+    text = report.page(
         summary,
         title="A <study>",
         question="Which?",
         commands=["kbit sweep s.toml"],
         findings="Yes.",
     )
-
-
-def test_report_stands_alone_and_shows_failures(summary: Summary) -> None:
-    text = page(summary)
     assert "A &lt;study&gt;" in text
     assert not re.search(r"(src|href)=|https?://|@import", text)
     assert "out of memory" in text
     assert text.count('<figure class="chart"') == len(summary.figures())
     assert "kbit sweep s.toml" in text
     assert len(text) < 3_000_000
-
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium to open the page in")
-@pytest.mark.parametrize("width", [390, 1280])
-def test_report_opens_in_a_browser_and_fits_a_phone(
-    summary: Summary, tmp_path: Path, width: int
-) -> None:
-    """The page runs its script, reacts to a pointer and a click, and never scrolls sideways."""
-    probe = """<script>
-    const chart = document.querySelector('figure.chart'), mark = chart.querySelector('circle');
-    const box = mark.getBoundingClientRect();
-    chart.querySelector('svg').dispatchEvent(new PointerEvent('pointermove',
-      {clientX: box.left + 1, clientY: box.top + 1, bubbles: true}));
-    chart.querySelector('.legend button').click();
-    document.title = JSON.stringify({
-      wide: document.documentElement.scrollWidth - document.documentElement.clientWidth,
-      tip: chart.querySelector('.tip').textContent,
-      off: chart.querySelectorAll('g.off').length});
-    </script>"""
-    file = tmp_path / "report.html"
-    # a frame gives the page a phone's width, which a headless window cannot go down to
-    file.write_text(page(summary).replace("</body>", probe + "</body>"))
-    frame_file = tmp_path / "frame.html"
-    frame_file.write_text(
-        f'<iframe id=f src="report.html" style="width:{width}px;height:900px"></iframe><script>'
-        "f.onload = () => { document.title = f.contentDocument.title; }</script>"
-    )
-    run = subprocess.run(
-        [str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=8000",
-         "--allow-file-access-from-files", "--window-size=1400,1000", "--dump-dom",
-         frame_file.as_uri()],
-        capture_output=True, text=True, timeout=180, check=True,
-    )  # fmt: skip
-    title = re.search(r"<title>(.*?)</title>", run.stdout)
-    assert title is not None, run.stdout[-500:]
-    seen = json.loads(title[1])
-    assert seen["wide"] <= 0
-    assert "bit" in seen["tip"]
-    assert seen["off"] == 1
 
 
 def test_advice_names_the_best_that_fits(known: Frame) -> None:
@@ -314,6 +266,43 @@ def test_advice_predicts_cells_that_were_not_measured() -> None:
     truth = 1.0 + 0.4 * 25**-0.25 + degradation(2.5e7, 4 + SHIFT)
     assert first.loss == pytest.approx(truth, rel=1e-3)
     assert first.low <= first.loss <= first.high
+
+
+def test_laws_name_the_best_size_beyond_the_study(known: Frame) -> None:
+    """With the true law and base curve known, the best size and width for an amount of memory."""
+    study = compare_laws(known, get_laws(["kumar"]), groups=["int-b64"], replicates=0)
+    plain = known.select(~known.quantized).points("loss")
+    room = 4e8
+    found = beyond(study, plain, room, context=1, replicates=10)
+    assert found is not None
+    assert [s.behind for s in found.sizes] == sorted(s.behind for s in found.sizes)
+    assert found.sizes[0].behind == 0
+    for s in found.sizes:
+        assert s.parameters == pytest.approx(8 * room / (s.bits + 0.25), rel=0.01)
+        truth = 1.0 + 0.4 * (s.parameters / 1e6) ** -0.25 + degradation(s.parameters, s.bits)
+        assert s.loss == pytest.approx(truth, abs=0.02)
+        assert s.low <= s.loss <= s.high
+    assert found.times == pytest.approx(max(s.parameters for s in found.sizes) / 2.5e7)
+    assert "extrapolated to" in describe_beyond(found, "int-b64")
+    # what the study has answers for itself
+    assert beyond(study, plain, 1e6, context=1, replicates=2) is None
+
+
+def test_cells_of_a_model_before_it_was_trained_anew_are_left_out() -> None:
+    old = [r for r in records() if r.model == "m1" and r.status == "ok" and r.documents]
+    new = [
+        r.model_copy(
+            update={
+                "cell": r.cell + "new",
+                "identity": {**r.identity, "model": {"weights": "again"}},
+                "made": {"time": "2030-01-01T00:00:00Z"},
+            }
+        )
+        for r in old[:3]
+    ]
+    found = frame([*records(), *new], "t")
+    assert [r.cell for r in found.records if r.model == "m1"] == [r.cell for r in new]
+    assert len(found) == 44 + 3
 
 
 def test_advice_counts_cache_and_overhead_and_refuses_too_little(known: Frame) -> None:

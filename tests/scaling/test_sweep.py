@@ -1,6 +1,8 @@
 """The sweep: numbers held to `kbit eval`, nothing done twice, failures kept, deaths survived."""
 
 import multiprocessing
+import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +91,35 @@ def test_a_second_sweep_has_nothing_to_do(
     sweep(rest.todo, store, settings, Inline())
     assert store.path.read_bytes().startswith(before)
     assert plan(study, Store(store.path), settings, retry=False).todo == []
+
+
+def _sweep_and_die(jobs: list[Planned], path: Path, settings: Settings) -> None:
+    done: list[Record] = []
+
+    def die(record: Record, new: bool) -> None:
+        done.append(record)
+        if len(done) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sweep(jobs, Store(path), settings, Pool(1), die)
+
+
+def test_a_killed_sweep_goes_on_and_repeats_nothing(
+    setup: tuple[list[Planned], Store, Settings], tmp_path: Path, tiny: Tiny
+) -> None:
+    jobs, store, settings = setup
+    context = multiprocessing.get_context("spawn")
+    process = context.Process(target=_sweep_and_die, args=(jobs, store.path, settings))
+    process.start()
+    process.join(120)
+    assert process.exitcode == -signal.SIGKILL
+    before = store.path.read_bytes()
+    again = Store(store.path)
+    rest = plan(read_study(write(tmp_path, tiny)), again, settings, retry=False)
+    assert (rest.done, rest.cells) == (3, 7)
+    assert sweep(rest.todo, again, settings, Inline()) == 7
+    assert store.path.read_bytes().startswith(before)
+    assert len(store.path.read_text().splitlines()) == len(Store(store.path)) == 10
 
 
 def test_another_text_is_another_cell(
@@ -208,7 +239,6 @@ def test_executors_by_name() -> None:
     assert ATTEMPTS >= 2
 
 
-@pytest.mark.slow
 def test_a_ray_cluster_loses_a_node_and_every_cell_arrives_once(
     setup: tuple[list[Planned], Store, Settings],
 ) -> None:

@@ -94,9 +94,9 @@ _ALL = (
         ),
         vocab=4096,
         context=256,
-        batch=16,
+        batch=8,
         tokens=1 << 25,
-        first_tokens=1 << 20,
+        first_tokens=1 << 19,
         doc="hours on 2 cores; small sizes and more tokens than parameters",
     ),
     Preset(
