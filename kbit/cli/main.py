@@ -12,7 +12,7 @@ from io import TextIOWrapper
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperGroup, TyperOption
 
 # Name -> module:function, in the order of the help. Nothing here is imported before it is called:
 # their help lines are read from the docstrings in the source.
@@ -72,7 +72,7 @@ def _command(name: str, found: Callable[..., Any] | typer.Typer) -> Any:
     command = typer.main.get_command(found)
     command.name = name
     for param in command.params:
-        if getattr(param, "is_flag", False) and param.default is False:
+        if isinstance(param, TyperOption) and param.is_flag and param.default is False:
             param.show_default = "off"  # which typer leaves unsaid
     return command
 

@@ -63,8 +63,8 @@ class Protocol:
         stride = context if self.stride is None else self.stride
         if not 2 <= context <= max_positions:
             raise KbitError(
-                f"an evaluation context of {context} tokens: this model takes 2 to {max_positions}; "
-                "say how many with --context"
+                f"an evaluation context of {context} tokens: this model takes 2 to "
+                f"{max_positions}; say how many with --context"
             )
         if not 1 <= stride <= context:
             raise KbitError(

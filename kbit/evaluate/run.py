@@ -224,8 +224,8 @@ def _first(cut: list[Window], count: int, chosen: Protocol) -> list[Window]:
         raise KbitError(f"max_windows is {count}, but has to be 1 or above")
     if chosen.text == "wikitext-pages":
         raise KbitError(
-            f"the protocol {chosen.name} scores whole articles, so max_windows does not go with it; "
-            "give it a shorter text"
+            f"the protocol {chosen.name} scores whole articles, so max_windows does not go with "
+            "it; give it a shorter text"
         )
     return cut[:count]
 
