@@ -198,7 +198,7 @@ int main(int argc, char** argv) {
   Error error{};
   kbit::Pool* pool = kbit_pool_new(2, &error);
   long index = 0, cases = 0, wrong = 0;
-  for (int isa = 0; isa < 3; ++isa) {
+  for (int isa = 0; isa < 4; ++isa) {
     if (!kbit_isa_available(isa)) continue;
     for (int storage = 0; storage < 6; ++storage) {
       for (int bits = 2; bits <= 8; ++bits) {
@@ -206,7 +206,7 @@ int main(int argc, char** argv) {
           if (storage >= 3 && (bits != 2 || block != 0)) continue;
           for (int64_t cols : {1, 31, 64, 97, 160, 545}) {
             for (int64_t rows : {1, 5, 33}) {
-              for (int64_t tokens : {1, 2, 3, 6}) {
+              for (int64_t tokens : {1, 2, 3, 6, 17}) {
                 // a prime step meets all values of every loop in turn
                 if (index++ % every != 0) continue;
                 ++cases;

@@ -20,7 +20,7 @@ from tests.kernels.strategies import ALL_TYPES, specs
 # codebooks of up to 16 entries on 8 bits); 13-bit inputs with 12-bit codebooks
 TOLERANCE: dict[Arithmetic, float] = {"float": 2e-6, "int8": 6e-3, "int16": 1.5e-4}
 BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 0)
-TOKENS = (1, 2, 3, 4, 5, 13)
+TOKENS = (1, 2, 3, 4, 5, 13, 16, 35)
 
 
 def check(
@@ -60,7 +60,7 @@ def test_every_type_and_block(isa: Isa, pool: Pool, bits: int) -> None:
                 (i + bits + len(dtype)) % 6
             ]
             tensor = random_tensor(QuantSpec(dtype, bits, block), shape, rng)
-            for tokens in (TOKENS[i % 4], TOKENS[4 + i % 2]):
+            for tokens in (TOKENS[i % 4], TOKENS[4 + i % 4]):
                 x = rng.standard_normal((tokens, shape[1])).astype(np.float32)
                 check(tensor, x, isa, pool, library.ARITHMETICS)
 
@@ -70,7 +70,7 @@ def test_every_type_and_block(isa: Isa, pool: Pool, bits: int) -> None:
     spec=specs(),
     rows=st.integers(1, 40),
     columns=st.integers(1, 300),
-    tokens=st.integers(1, 9),
+    tokens=st.integers(1, 20),
     arithmetic=st.sampled_from(library.ARITHMETICS),
     seed=st.integers(0, 2**32 - 1),
 )
@@ -113,7 +113,7 @@ def test_plain_matrices(isa: Isa, pool: Pool, dtype: type, tokens: int) -> None:
 @pytest.mark.parametrize("text", ["int4-b64", "nf4-b32", "uint3-b16", "nf7-row", "int5-b64-out0.1"])
 @pytest.mark.parametrize("arithmetic", library.ARITHMETICS)
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("tokens", [3, 7])
+@pytest.mark.parametrize("tokens", [3, 7, 18])
 def test_bad_activations_stay_bad(
     isa: Isa, pool: Pool, text: str, arithmetic: Arithmetic, bad: float, tokens: int
 ) -> None:

@@ -22,6 +22,7 @@ void require(bool good, const char* sentence) {
 
 const LayerKernels* layers_of(Isa isa) {
   switch (isa) {
+    case kAmx:
     case kAvx512: return avx512_layers;
     case kAvx2: return avx2_layers;
     default: return portable_layers;

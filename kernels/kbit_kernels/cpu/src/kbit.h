@@ -28,7 +28,8 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 // 100 times smaller than int8's. Plain matrices always use float.
 enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2 };
 
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2 };
+// kAmx: as kAvx512, but for many tokens.
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
 
 // The fastest instruction set of this machine, and whether `isa` can run here.
 Isa best_isa();

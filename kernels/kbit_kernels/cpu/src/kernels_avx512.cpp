@@ -22,16 +22,25 @@ namespace avx512 {
 #include "dispatch.inl"
 #include "tile.inl"
 #include "quantize.inl"
+#if __has_include(<amxtileintrin.h>)  // the assembler knows it too
+#include "amx.inl"
+#endif
 }  // namespace avx512
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif
 
 const Kernels* const avx512_kernels = &avx512::kKernels;
+#if __has_include(<amxtileintrin.h>)
+const Kernels* const amx_kernels = &avx512::kAmxKernels;
+#else
+const Kernels* const amx_kernels = nullptr;
+#endif
 
 }  // namespace kbit
 #else
 namespace kbit {
 const Kernels* const avx512_kernels = nullptr;
+const Kernels* const amx_kernels = nullptr;
 }  // namespace kbit
 #endif

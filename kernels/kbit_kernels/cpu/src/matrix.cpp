@@ -11,6 +11,12 @@
 #include <string>
 #include <vector>
 
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 #include "kbit.h"
 #include "kernels.h"
 
@@ -21,6 +27,7 @@ const Kernels* kernels_of(Isa isa) {
     case kPortable: return portable_kernels;
     case kAvx2: return avx2_kernels;
     case kAvx512: return avx512_kernels;
+    case kAmx: return amx_kernels;
   }
   return nullptr;
 }
@@ -95,10 +102,28 @@ const Matrix::Tables* shared_tables(const float* codebook, int bits) {
 
 bool half_ok(int32_t type) { return type >= kScaleFp32 && type <= kScaleBf16; }
 
+#if defined(__linux__) && defined(__x86_64__)
+// Whether the processor has AMX, and the system lets this process have its registers: they must be
+// asked for once.
+bool amx_granted() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  constexpr uint32_t kTiles = 1u << 24, kInt8 = 1u << 25;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTiles | kInt8)) != (kTiles | kInt8)) return false;
+  constexpr long kAskForState = 0x1023, kTileData = 18;
+  return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+}
+#else
+bool amx_granted() { return false; }
+#endif
+
 }  // namespace
 
 bool isa_available(Isa isa) {
   if (kernels_of(isa) == nullptr) return false;
+  if (isa == kAmx) {
+    static const bool granted = isa_available(kAvx512) && amx_granted();
+    return granted;
+  }
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (isa == kAvx2) {
@@ -116,7 +141,7 @@ bool isa_available(Isa isa) {
 }
 
 Isa best_isa() {
-  for (Isa isa : {kAvx512, kAvx2}) {
+  for (Isa isa : {kAmx, kAvx512, kAvx2}) {
     if (isa_available(isa)) return isa;
   }
   return kPortable;
@@ -178,16 +203,18 @@ int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens)
   return arithmetic == kInt16 || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
 }
 
-// How the inputs of a single token lie: see Input and order_of.
+// How inputs lie: see Input and order_of.
 struct Layout {
   int32_t order;
   bool digits;
 };
-Layout single_layout(const Matrix& matrix, int32_t width) {
-  const bool codebook = matrix.tensor.storage == kCodebook;
-  const bool digits = width == 16 && !codebook && matrix.kernels->digits(matrix.tensor.bits);
-  if (matrix.plain() || matrix.step < kStep || (width != 8 && !digits)) return {0, false};
-  return {matrix.kernels->order(matrix.tensor.bits), digits};
+Layout layout_of(const Matrix& matrix, int32_t width, int64_t tokens) {
+  const Kernels& kernels = *matrix.kernels;
+  if (matrix.plain() || matrix.step < kStep || width == 32) return {0, false};
+  const bool wide = width == 16 && matrix.tensor.storage != kCodebook;
+  if (tokens > 1) return {0, wide && kernels.digit_tokens != 0 && tokens >= kernels.digit_tokens};
+  const bool digits = wide && kernels.digits(matrix.tensor.bits);
+  return {width == 8 || digits ? kernels.order(matrix.tensor.bits) : 0, digits};
 }
 
 int32_t input_limit(const Matrix& matrix, int32_t width, bool digits) {
@@ -205,13 +232,13 @@ bool Matrix::same_input(const Matrix& other) const {
   }
   if (plain()) return true;
   for (Arithmetic arithmetic : {kInt8, kInt16}) {
-    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens}) {
+    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens, kernels->digit_tokens}) {
       const int32_t width = input_width(*this, arithmetic, tokens);
       if (width != input_width(other, arithmetic, tokens) ||
           input_limit(*this, width, false) != input_limit(other, width, false)) {
         return false;
       }
-      const Layout mine = single_layout(*this, width), its = single_layout(other, width);
+      const Layout mine = layout_of(*this, width, tokens), its = layout_of(other, width, tokens);
       if (mine.order != its.order || mine.digits != its.digits) return false;
     }
   }
@@ -225,13 +252,15 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   arithmetic = for_matrix.plain() ? kFloat : wanted;
   tokens = count;
   width = input_width(for_matrix, arithmetic, count);
-  const Layout layout = count == 1 ? single_layout(for_matrix, width) : Layout{0, false};
+  const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
-  const size_t values_bytes = rounded(count * padded * (width / 8));
+  // AMX reads 16 tokens at a time
+  const int64_t room = for_matrix.isa == kAmx && count > 1 ? (count + 15) / 16 * 16 : count;
+  const size_t values_bytes = rounded(room * padded * (width / 8));
   const size_t block_bytes = rounded(count * blocks * 4);
   const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
   const size_t bytes = values_bytes + 2 * block_bytes + outlier_bytes;

@@ -117,7 +117,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
       if (input.digits || input.order) {
         const int64_t units = least((t.cols - col + 31) / 32, padded / 32);
         for (int digit = 0; digit <= (input.digits ? 1 : 0); ++digit) {
-          int8_t* out = static_cast<int8_t*>(input.values) + digit * input.padded + col;
+          int8_t* out = static_cast<int8_t*>(input.values) + digit * input.tokens * input.padded + first;
           arrange(input.order, bytes[digit], units, out);
           std::memcpy(out + units * 32, bytes[digit] + units * 32, static_cast<size_t>(padded - units * 32));
         }

@@ -290,13 +290,16 @@ struct Tile {
       }
       if constexpr (WIDTH == 32) add_outliers(tile, m, in, y + n, stride, n, rows);
     }
-    if constexpr (WIDTH != 32) {
-      if (m.tensor.n_outliers == 0) return;
-      Tile<32> floats;
-      for (int64_t n = begin; n < end; n += kTileRows) {
-        const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
-        add_outliers(floats, m, in, y + n, stride, n, rows);
-      }
+    if constexpr (WIDTH != 32) add_outliers(m, in, y, stride, begin, end);
+  }
+
+  static void add_outliers(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
+                           int64_t end) {
+    if (m.tensor.n_outliers == 0) return;
+    Tile<32> floats;
+    for (int64_t n = begin; n < end; n += kTileRows) {
+      const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
+      add_outliers(floats, m, in, y + n, stride, n, rows);
     }
   }
 
