@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -311,6 +312,8 @@ def summarize(
 def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[LawStudy]:
     if processes == 1:
         return [compare() for compare in comparisons]
+    # The matrices are tiny: threads of linear algebra would only fight for the cores.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         return [pending.result() for pending in [pool.submit(c) for c in comparisons]]
 
