@@ -81,7 +81,7 @@ def linear_kernel(
     ROWS: tl.constexpr = R * 16
     MB: tl.constexpr = BM // 8
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_s = tl.program_id(2)
@@ -268,7 +268,7 @@ def dequantize_kernel(
     """out [N, K] = the weights in out's dtype; a program takes one band of 16 rows and W tiles."""
     DT: tl.constexpr = out_ptr.dtype.element_ty
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     registers = table(table_ptr, KIND, FILL)
     band = tl.program_id(0)
     warp4 = tl.arange(0, W)[None, :, None, None]
