@@ -186,6 +186,8 @@ def block_values(ptr, band, tile, tiles, valid, BLOCK: tl.constexpr, EVEN: tl.co
         block_tiles = (tiles + per - 1) // per
         at = ptr + (band * block_tiles + tile // per) * (16 * N) + (g * (2 * N) + part * V + e)
         at += t * 0
+        if V >= 8:  # see linear_kernel
+            at = tl.max_contiguous(at, [1, 1, 1, 2, 4, V])
     if EVEN or BLOCK == 0:
         values = tl.load(at)
     else:

@@ -111,6 +111,11 @@ def linear_kernel(
     column = first5 * 256 + t * (4 * SPAN) + i
     x_ptrs = x_ptr + (row.to(tl.int64) * K + column)
 
+    # Lanes before warps: triton 3.6 gives lanes to the axes with the longest runs first, and what
+    # is said of any axis but the last serves for nothing else. It must stay below the last one's.
+    w_ptrs = tl.max_contiguous(w_ptrs, [1, 1, 2, 8])
+    x_ptrs = tl.max_contiguous(x_ptrs, [1, 1, SPAN, 2 * SPAN, 4 * SPAN])
+
     acc = tl.zeros([W, ROWS, BM], tl.float32)
     for step in range(0, tiles, WK * SPLIT):
         valid4 = step + first4 < tiles
