@@ -215,10 +215,10 @@ def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
     return writer.text(results), ",".join(constraints)
 
 
-# Copies a table into shared memory once per program and returns its address: `$1` points to 256
-# 4-byte entries, each of which is stored once for every lane, so that 32 lanes with different codes
-# read 32 banks. A thread stores its entry in 8 pieces of 16 bytes, 8 neighbours each another piece.
-# A .shared variable of an inline block lives as long as the kernel.
+# Copies a table into shared memory once per program and returns the lane's address of it. `$1`
+# points to 256 4-byte entries, each of which is stored once for every lane, so that 32 lanes with
+# different codes read 32 banks. A thread stores its entry in 8 pieces of 16 bytes, 8 neighbours
+# each another piece. A .shared variable of an inline block lives as long as the kernel.
 _PIECES = "".join(
     f"xor.b32 t, s, {16 * piece};\nst.shared.v4.b32 [t], {{v, v, v, v}};\n" for piece in range(8)
 )
@@ -241,6 +241,8 @@ mad.lo.u32 s, t, 16, s;
 setp.lt.u32 p, i, 256;
 @p bra FILL;
 bar.sync 0;
+mov.u32 t, %laneid;
+mad.lo.u32 $0, t, 4, $0;
 }}"""
 
 SUBTRACT_PTX = {

@@ -131,10 +131,12 @@ def table(table_ptr, KIND: tl.constexpr, FILL: tl.constexpr):
     """What the PTX takes for its table: each lane's address of it in shared memory."""
     registers = ()
     if KIND == "table" and FILL != "":
-        address = tl.inline_asm_elementwise(
-            FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+        # for Triton one number, so that it never moves it between lanes; right with any lane's
+        registers = (
+            tl.inline_asm_elementwise(
+                FILL, "=r,l", [table_ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+            ),
         )
-        registers = (address + tl.arange(0, 32)[None, None, :, None] * 4,)
     return registers
 
 
@@ -170,7 +172,7 @@ def block_values(ptr, band, tile, tiles, valid, BLOCK: tl.constexpr, EVEN: tl.co
     """Per-block values of a tile `[R, W, g 8, t 4, r 2, 256 / BLOCK]` (the same for every t)."""
     R: tl.constexpr = band.shape[1]
     W: tl.constexpr = tile.shape[2]
-    N: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    N: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     per: tl.constexpr = BLOCK // 256 if BLOCK > 256 else 1
     # what one 128-bit load takes; the rest goes to the slowest axis, so that it stays in registers
     V: tl.constexpr = min(2 * N, 128 // ptr.dtype.element_ty.primitive_bitwidth)
@@ -184,6 +186,8 @@ def block_values(ptr, band, tile, tiles, valid, BLOCK: tl.constexpr, EVEN: tl.co
         block_tiles = (tiles + per - 1) // per
         at = ptr + (band * block_tiles + tile // per) * (16 * N) + (g * (2 * N) + part * V + e)
         at += t * 0
+        if V >= 8:  # see linear_kernel
+            at = tl.max_contiguous(at, [1, 1, 1, 2, 4, V])
     if EVEN or BLOCK == 0:
         values = tl.load(at)
     else:

@@ -81,7 +81,7 @@ def linear_kernel(
     ROWS: tl.constexpr = R * 16
     MB: tl.constexpr = BM // 8
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_s = tl.program_id(2)
@@ -110,6 +110,11 @@ def linear_kernel(
     row = tl.minimum(row, M - 1)  # rows beyond M repeat the last one and are not stored
     column = first5 * 256 + t * (4 * SPAN) + i
     x_ptrs = x_ptr + (row.to(tl.int64) * K + column)
+
+    # Lanes before warps: triton 3.6 gives lanes to the axes with the longest runs first, and what
+    # is said of any axis but the last serves for nothing else. It must stay below the last one's.
+    w_ptrs = tl.max_contiguous(w_ptrs, [1, 1, 2, 8])
+    x_ptrs = tl.max_contiguous(x_ptrs, [1, 1, SPAN, 2 * SPAN, 4 * SPAN])
 
     acc = tl.zeros([W, ROWS, BM], tl.float32)
     for step in range(0, tiles, WK * SPLIT):
@@ -268,7 +273,7 @@ def dequantize_kernel(
     """out [N, K] = the weights in out's dtype; a program takes one band of 16 rows and W tiles."""
     DT: tl.constexpr = out_ptr.dtype.element_ty
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if 0 < BLOCK < 256 else 1
+    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     registers = table(table_ptr, KIND, FILL)
     band = tl.program_id(0)
     warp4 = tl.arange(0, W)[None, :, None, None]

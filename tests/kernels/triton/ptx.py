@@ -107,6 +107,7 @@ def fill(text: str, threads: int, entries: U32) -> U32:
     shared = np.zeros(8192, dtype=np.uint32)
     for thread in range(threads):
         values = {"%tid.x": thread, "%ntid.x": threads, "kbit_table": 0, "$1": 0}
+        values["%laneid"] = thread % 32
 
         def read(operand: str, values: dict[str, int] = values) -> int:
             return int(operand) if operand.isdigit() else values[operand.strip("[]")]
@@ -131,6 +132,7 @@ def fill(text: str, threads: int, entries: U32) -> U32:
                 values[target] = int(entries[read(operands[0]) // 4])
             else:
                 values[target] = _SCALARS[opcode](*map(read, operands))
+        assert values["$0"] == thread % 32 * 4
     return shared
 
 
