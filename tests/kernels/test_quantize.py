@@ -3,7 +3,7 @@
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import kbit_kernels as kk
@@ -95,6 +95,8 @@ def test_zeros_stay_zero(dtype: str, bits: int, exponent: int | None) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(specs(), shapes, RNG_SEEDS)
+# a column at 16 bits is no weight of the centered rest
+@example(QuantSpec("fpb", 5, 0, 1, center=True, outliers=0.02), (1, 3), 0)
 def test_the_search_never_makes_a_tensor_worse(spec, shape, seed) -> None:
     if spec.double_quant:
         return

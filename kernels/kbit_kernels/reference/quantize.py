@@ -183,6 +183,15 @@ def _prepared(
     return blocks, means
 
 
+def _searched(blocks: F32, kept: NDArray[np.int32] | None) -> F32:
+    """Blocks for the search: columns kept at 16 bits are 0 again, where centering moved them."""
+    if kept is None:
+        return blocks
+    weights = blocks.reshape(blocks.shape[0], -1).copy()
+    weights[:, kept] = 0.0
+    return weights.reshape(blocks.shape)
+
+
 def learn_codebook(
     w: NDArray[Any], spec: QuantSpec, outlier_columns: NDArray[np.integer[Any]] | None = None
 ) -> F32:
@@ -266,13 +275,13 @@ def quantize(
             high = np.maximum(blocks.max(axis=2), 0.0)
             scales, zeros = affine_parameters(low, high, spec)
             if search:
-                scales, zeros = _best_affine(blocks, spec, scales, zeros)
+                scales, zeros = _best_affine(_searched(blocks, kept), spec, scales, zeros)
             found_zeros.append(zeros)
         else:
             exact = np.abs(blocks).max(axis=2) / np.float32(peak)
             scales = round_scales(exact, spec)
             if search and fixed is not None:
-                best = _best_scales(blocks, exact, spec, fixed)
+                best = _best_scales(_searched(blocks, kept), exact, spec, fixed)
                 scales = best.astype(SCALE_DTYPES[spec.scale_dtype])
         found_scales.append(scales)
     scales = np.concatenate(found_scales)
@@ -284,7 +293,7 @@ def quantize(
         if search:
             wide = scales.astype(np.float32)
             for part in chunks:
-                best = _best_scales(prepared(part)[0], wide[part], spec, codebook)
+                best = _best_scales(_searched(prepared(part)[0], kept), wide[part], spec, codebook)
                 scales[part] = best.astype(scales.dtype)
 
     stored = scales
