@@ -5,7 +5,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -31,8 +31,8 @@ def check(
     matrix = Matrix(tensor, isa)
     assert np.array_equal(matrix.dequantize(pool), weights)
     exact = x.astype(np.float64) @ weights.astype(np.float64).T
-    # fp32 rounds relative to the weights, before zero points are taken off; fixed point relative to
-    # the largest weight that a block's scale allows
+    # fp32 rounds relative to the weights, before zero points are taken off and means added; fixed
+    # point relative to the largest weight that a block's scale allows
     peak = float(np.abs(tensor.values()).max())
     # (a double-quantized scale may come out below zero)
     largest = np.abs(tensor.scale_values()).max(axis=1, initial=0) * peak
@@ -40,7 +40,7 @@ def check(
         if extra is not None:
             largest = largest + np.abs(extra.astype(np.float32)).max(axis=1)
     for arithmetic in ariths:
-        exactly = arithmetic == "float" and tensor.zeros is None
+        exactly = arithmetic == "float" and tensor.zeros is None and tensor.means is None
         size = np.abs(weights).max(axis=1) if exactly else largest
         norm = np.linalg.norm(x, axis=1)[:, None] * size * np.sqrt(weights.shape[1]) + 1e-30
         found = matrix.linear(x, arithmetic=arithmetic, pool=pool)
@@ -66,6 +66,14 @@ def test_every_type_and_block(isa: Isa, pool: Pool, bits: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
+@example(  # a mean that all but cancels the weight
+    spec=QuantSpec.parse("int2-row-dq-center"),
+    rows=15,
+    columns=1,
+    tokens=1,
+    arithmetic="float",
+    seed=14,
+)
 @given(
     spec=specs(),
     rows=st.integers(1, 40),
