@@ -177,10 +177,17 @@ static inline V::F offsets_of(const Matrix& m, int64_t index, int n, int64_t tot
   return V::add(offset, load_any(m.tensor.mean_type, m.tensor.means, index, n, total));
 }
 
-static inline void repeat(float* values, int count, int first, int shift) {
-  // block i takes the value of its group; backwards, because groups come before their blocks
-  for (int i = count - 1; i >= 0; --i) values[i] = values[((first + i) >> shift) - (first >> shift)];
+// Block i of `count`, of which the first is block `first` of its row, takes the value of its group;
+// values begins with the first block's, and has room for a vector more, as `out` has.
+static inline void repeat(const float* values, int count, int64_t first, int shift, float* out) {
+  for (int64_t i = 0; i < count; i += V::kFloats) {
+    const int64_t group = (first + i) >> shift;
+    const int phase = static_cast<int>(first + i - (group << shift));
+    V::store(out + i, V::spread(values + (group - (first >> shift)), phase, shift));
+  }
 }
+
+constexpr int kMostBlocks = 256;  // that row_scales may be asked for
 
 // Scales and offsets of blocks [first, first + count) of `step` columns of a row, where
 // made * scale + offset is the weight. Arrays have room for a vector more.
@@ -190,18 +197,20 @@ static inline void row_scales(const Matrix& m, int64_t row, int first, int count
   const int shift = t.block == 0 ? 31 : log2_of(t.block / m.step);
   const int group = first >> shift, groups = ((first + count - 1) >> shift) - group + 1;
   const int64_t base = row * m.groups + group, total = t.rows * m.groups;
-  group_scales(m, row, group, groups, scale);
+  alignas(64) float group_scale[kMostBlocks + V::kFloats], group_offset[kMostBlocks + V::kFloats];
+  float* const s = shift ? group_scale : scale;
+  float* const o = shift ? group_offset : offset;
+  group_scales(m, row, group, groups, s);
   for (int i = 0; i < groups; i += V::kFloats) {
-    const V::F s = V::mul(V::load(scale + i), V::set1(meaning.factor));
+    const V::F made = V::mul(V::load(s + i), V::set1(meaning.factor));
     if (meaning.offset) {
-      V::store(offset + i, offsets_of(m, base + i, least(V::kFloats, groups - i), total, meaning, s));
+      V::store(o + i, offsets_of(m, base + i, least(V::kFloats, groups - i), total, meaning, made));
     }
-    V::store(scale + i, s);
+    V::store(s + i, made);
   }
-  if (shift) {
-    repeat(scale, count, first, shift);
-    if (meaning.offset) repeat(offset, count, first, shift);
-  }
+  if (shift == 0) return;
+  repeat(s, count, first, shift, scale);
+  if (meaning.offset) repeat(o, count, first, shift, offset);
 }
 
 // Where the planes of a packed row start, in bytes.

@@ -28,6 +28,12 @@ struct V {
   static I izero() { return _mm256_setzero_si256(); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
+  // Lane i: p[(phase + i) >> shift]; a vector of p is read.
+  static F spread(const float* p, int phase, int shift) {
+    const I lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    const I from = _mm256_srl_epi32(_mm256_add_epi32(lane, _mm256_set1_epi32(phase)), _mm_cvtsi32_si128(shift));
+    return _mm256_permutevar8x32_ps(load(p), from);
+  }
   static __m256i first(int n) {
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
   }

@@ -29,6 +29,12 @@ struct V {
   static I izero() { return _mm512_setzero_si512(); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  // Lane i: p[(phase + i) >> shift]; a vector of p is read.
+  static F spread(const float* p, int phase, int shift) {
+    const I lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const I from = _mm512_srl_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(phase)), _mm_cvtsi32_si128(shift));
+    return _mm512_permutexvar_ps(from, load(p));
+  }
   static __mmask16 first(int n) { return static_cast<__mmask16>((1u << n) - 1); }
   static F load_part(const float* p, int n) { return _mm512_maskz_loadu_ps(first(n), p); }
   static void store_part(float* p, F a, int n) { _mm512_mask_storeu_ps(p, first(n), a); }

@@ -41,6 +41,12 @@ struct V {
   static I izero() { return I{0, 0, 0, 0}; }
   static F load(const float* p) { F a; std::memcpy(&a, p, sizeof a); return a; }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
+  // Lane i: p[(phase + i) >> shift]; a vector of p is read.
+  static F spread(const float* p, int phase, int shift) {
+    F a;
+    for (int i = 0; i < kFloats; ++i) a[i] = p[(phase + i) >> shift];
+    return a;
+  }
   static F load_part(const float* p, int n) {
     F a = zero();
     std::memcpy(&a, p, sizeof(float) * static_cast<size_t>(n));

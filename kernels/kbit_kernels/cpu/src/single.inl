@@ -9,11 +9,24 @@ struct Single {
   static constexpr int kChunk = kBytes ? chunk_of(V::order(BITS)) : kStep;  // columns of one step
   static constexpr int kChunkBlocks = kChunk / kStep;
   static constexpr int kVectors = kStep / V::kCodes;
-  static constexpr int kSpan = 256;  // blocks whose scales are worked out at a time
+  static constexpr int kLongRow = 32;  // in blocks
+  static constexpr int kSpan = kMostBlocks;  // blocks whose scales are worked out at a time
   using Recode = std::conditional_t<
       kBytes, typename V::template Narrow<BITS, LUT && kBytes && BITS <= 4>,
       std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
                          typename V::template Floats<BITS, LUT>>>;
+
+  // From 5 bits on a thread takes its codes about as fast as memory gives them: then the second level
+  // has room for more on the way than the first.
+  static constexpr int64_t kAhead = BITS > 4 ? 2 * kCodesAhead : kCodesAhead;
+
+  // Asks for the next `bytes` of the codes; once a step, since a burst fills the queue to memory and
+  // then holds up the loads behind it.
+  static inline __attribute__((always_inline)) void ask(const uint8_t*& ahead, int bytes) {
+    KBIT_UNROLL
+    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, BITS > 4 ? 2 : 3);
+    ahead += bytes;
+  }
 
   // The products of one block in natural order, summed up lane by lane, times its scale.
   template <bool TAIL>
@@ -56,16 +69,17 @@ struct Single {
     return V::fma(value, V::set1(scale), acc);
   }
 
-  // Blocks [first, first + count) of a row. scales: of these blocks.
+  // Blocks [first, first + count) of a row. scales: of these blocks. ahead: codes to ask for meanwhile.
   static inline __attribute__((always_inline)) V::F blocks(
       const Recode& recode, const uint8_t* const (&planes)[3], int64_t units, int64_t first, int count,
-      const Input& in, const float* scales, V::F acc) {
+      const Input& in, const float* scales, const uint8_t* ahead, V::F acc) {
     int b = 0;
     if constexpr (kBytes) {
       const int chunks = static_cast<int>(least<int64_t>(count, units / 2 - first)) / kChunkBlocks;
       const int8_t* x = static_cast<const int8_t*>(in.values) + first * kStep;
       const int64_t digit = in.padded;
       for (; b < chunks * kChunkBlocks; b += kChunkBlocks, x += kChunk) {
+        ask(ahead, kChunk * BITS / 8);
         V::I dot;
         if constexpr (kDigits) {
           dot = V::template dots<BITS, LUT, true>(recode, planes, (first + b) * 2, x, x + digit);
@@ -76,6 +90,7 @@ struct Single {
       }
     }
     for (; b < count; ++b) {
+      ask(ahead, kStep * BITS / 8);
       if (2 * (first + b) + 1 < units) acc = block<false>(recode, planes, first + b, in, scales[b], acc);
       else acc = block<true>(recode, planes, first + b, in, scales[b], acc);
     }
@@ -122,21 +137,28 @@ struct Single {
     const uint8_t* row = static_cast<const uint8_t*>(t.codes) + begin * row_bytes;
     int64_t offsets[3];
     plane_offsets<BITS>(units, offsets);
-    const int64_t rows_ahead = (kCodesAhead + row_bytes - 1) / row_bytes;
+    const uint8_t* const codes_end = row + (end - begin) * row_bytes;
+    // Nothing is asked for while scales are worked out: long rows do that one by one, short ones
+    // share its beginning and end.
+    const int batch = steps < kLongRow ? V::kFloats : 1;
     alignas(64) float scales[V::kFloats][kSpan + V::kFloats];
     for (int64_t n = begin; n < end; n += V::kFloats) {
       const int rows = static_cast<int>(least<int64_t>(V::kFloats, end - n));
       alignas(64) V::F sums[V::kFloats];
       KBIT_UNROLL
       for (int r = 0; r < V::kFloats; ++r) sums[r] = V::zero();
-      prefetch(scale_bytes.begin + n * scale_bytes.row + kScalesAhead, rows * scale_bytes.row, scale_bytes.end);
       for (int64_t first = 0; first < steps; first += kSpan) {
         const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
-        prepare(m, in, n, rows, first, count, meant, scales, sums);
         for (int r = 0; r < rows; ++r, row += row_bytes) {
-          if (n + r + rows_ahead < end) prefetch(row + rows_ahead * row_bytes, row_bytes);
+          prefetch(scale_bytes.begin + (n + r) * scale_bytes.row + kScalesAhead, scale_bytes.row,
+                   scale_bytes.end);
           const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
-          sums[r] = blocks(recode, planes, units, first, count, in, scales[r], sums[r]);
+          if (r % batch == 0) {
+            prepare(m, in, n + r, least(batch, rows - r), first, count, meant, scales + r, sums + r);
+          }
+          const uint8_t* const ahead = row + first * (kStep * BITS / 8) + kAhead;
+          sums[r] = blocks(recode, planes, units, first, count, in, scales[r],
+                           ahead < codes_end ? ahead : row, sums[r]);
         }
         if (first + kSpan < steps) row -= rows * row_bytes;
       }
