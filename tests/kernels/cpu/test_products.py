@@ -92,6 +92,15 @@ def test_any_spec_and_shape(
         check(tensor, x, isa, library.default_pool(), (arithmetic,))
 
 
+@pytest.mark.parametrize("spec", ["int8-b64", "nf4-b256", "int3-row", "uint2-b64-dq"])
+def test_rows_longer_than_a_span_of_scales(isa: Isa, pool: Pool, spec: str) -> None:
+    rng = np.random.default_rng(5)
+    tensor = random_tensor(QuantSpec.parse(spec), (19, 33_000), rng)
+    for tokens in (1, 2, 17):
+        x = rng.standard_normal((tokens, 33_000)).astype(np.float32)
+        check(tensor, x, isa, pool, library.ARITHMETICS)
+
+
 def test_every_float_format(isa: Isa, pool: Pool) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 96)).astype(np.float32)
