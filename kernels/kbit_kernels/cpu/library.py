@@ -4,12 +4,12 @@ import ctypes
 import os
 import shutil
 import threading
+import weakref
 from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import ml_dtypes
 import numpy as np
@@ -189,7 +189,11 @@ def isa_available(isa: Isa) -> bool:
 
 
 class Pool:
-    """A fixed pool of `threads` threads, the caller among them; by default one a core."""
+    """A fixed pool of `threads` threads, the caller among them; by default one a core.
+
+    Raises:
+        KbitError: the system does not start so many.
+    """
 
     def __init__(self, threads: int | None = None) -> None:
         self.threads = threads or len(os.sched_getaffinity(0))
@@ -197,12 +201,14 @@ class Pool:
         error = _Error()
         self.handle = self._native.kbit_pool_new(self.threads, byref(error))
         error.raise_if(not self.handle)
-        self._process = os.getpid()
+        freed = weakref.finalize(self, _free_pool, self._native, self.handle, os.getpid())
+        freed.atexit = False  # the process ends its sleeping threads itself
 
-    def __del__(self) -> None:
-        # in a forked child the threads are gone, and freeing would wait for them for ever
-        if getattr(self, "handle", None) and self._process == os.getpid():
-            self._native.kbit_pool_free(self.handle)
+
+def _free_pool(native: ctypes.CDLL, handle: int, process: int) -> None:
+    # in a forked child the threads are gone, and freeing would wait for them for ever
+    if process == os.getpid():
+        native.kbit_pool_free(handle)
 
 
 _pools: dict[int, Pool] = {}
@@ -342,7 +348,7 @@ class Encoder:
         )
 
 
-_matrices: WeakKeyDictionary[QuantizedTensor, Matrix] = WeakKeyDictionary()
+_matrices: weakref.WeakKeyDictionary[QuantizedTensor, Matrix] = weakref.WeakKeyDictionary()
 
 
 def matrix_of(tensor: QuantizedTensor) -> Matrix:

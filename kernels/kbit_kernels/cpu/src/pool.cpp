@@ -1,5 +1,9 @@
 #include "pool.h"
 
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 #if defined(__x86_64__) || defined(__i386__)
 #include <immintrin.h>
 #endif
@@ -26,18 +30,22 @@ int spins_for(int threads) {
 
 }  // namespace
 
+bool Barrier::arrive() {
+  const uint32_t phase = phase_.load(std::memory_order_acquire);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < count_) return false;
+  arrived_.store(0, std::memory_order_relaxed);
+  // seq_cst here and in wait: either the last one sees a sleeper, or the sleeper sees the new phase
+  phase_.store(phase + 1, std::memory_order_seq_cst);
+  if (sleepers_.load(std::memory_order_seq_cst) > 0) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    wake_.notify_all();
+  }
+  return true;
+}
+
 void Barrier::wait() {
   const uint32_t phase = phase_.load(std::memory_order_acquire);
-  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count_) {
-    arrived_.store(0, std::memory_order_relaxed);
-    // seq_cst here and below: either the last one sees a sleeper, or the sleeper sees the new phase
-    phase_.store(phase + 1, std::memory_order_seq_cst);
-    if (sleepers_.load(std::memory_order_seq_cst) > 0) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_all();
-    }
-    return;
-  }
+  if (arrive()) return;
   for (int i = 0; i < spins_; ++i) {
     if (phase_.load(std::memory_order_acquire) != phase) return;
     relax();
@@ -53,15 +61,23 @@ Pool::Pool(int threads)
       start_(threads_, spins_for(threads_)),
       end_(threads_, spins_for(threads_)),
       inner_(threads_, spins_for(threads_)) {
-  for (int thread = 1; thread < threads_; ++thread) {
-    workers_.emplace_back([this, thread] { work(thread); });
+  try {
+    for (int thread = 1; thread < threads_; ++thread) {
+      workers_.emplace_back([this, thread] { work(thread); });
+    }
+  } catch (const std::system_error&) {
+    const std::string started = std::to_string(workers_.size() + 1);
+    end();
+    throw std::runtime_error("only " + started + " of " + std::to_string(threads_) +
+                             " threads could be started; ask for fewer");
   }
 }
 
-Pool::~Pool() {
-  if (workers_.empty()) return;
+Pool::~Pool() { end(); }
+
+void Pool::end() {
   stop_ = true;
-  start_.wait();
+  for (size_t thread = workers_.size(); thread < static_cast<size_t>(threads_); ++thread) start_.arrive();
   for (std::thread& worker : workers_) worker.join();
 }
 

@@ -18,6 +18,8 @@ class Barrier {
  public:
   Barrier(int count, int spins) : count_(count), spins_(spins) {}
   void wait();
+  // Comes without waiting for the others; true if they all had come.
+  bool arrive();
 
  private:
   const int count_, spins_;
@@ -39,7 +41,7 @@ inline std::pair<int64_t, int64_t> share(int64_t total, int64_t grain, int part,
 // spin). They are kbit's own: no other library's pool is used or asked to shrink.
 class Pool {
  public:
-  explicit Pool(int threads);
+  explicit Pool(int threads);  // throws std::runtime_error where the system does not start so many
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -53,6 +55,7 @@ class Pool {
 
  private:
   void work(int thread);
+  void end();
 
   const int threads_;
   Barrier start_, end_, inner_;
