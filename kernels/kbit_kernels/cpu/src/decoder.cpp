@@ -104,6 +104,10 @@ Decoder::State::State(const DecoderSpec& decoder)
     block.attention_stride = std::max(block.attention_stride, layer.out.cols());
     block.up_stride = std::max(block.up_stride, layer.up.rows());
   }
+  block.delta_stride = spec.hidden;
+  for (int64_t* stride : {&block.qkv_stride, &block.attention_stride, &block.up_stride, &block.delta_stride}) {
+    if (*stride % 1024 == 0) *stride += 16;  // else the tokens of a tile meet in one set of the cache
+  }
   per_token += block.qkv_stride + block.attention_stride + 2 * block.up_stride;
   block_tokens = std::clamp(kBlockBytes / (4 * per_token), kLeastBlock, kMostBlock);
   shared = slots.make();
@@ -181,8 +185,8 @@ void Decoder::State::prepare() {
   block.qkv.room(count * block.qkv_stride);
   block.attention.room(count * block.attention_stride);
   block.up.room(count * block.up_stride);
-  block.delta_attention.room(count * spec.hidden);
-  block.delta_mlp.room(count * spec.hidden);
+  block.delta_attention.room(count * block.delta_stride);
+  block.delta_mlp.room(count * block.delta_stride);
   block.h.room(count * spec.hidden);
   if (block.single) {
     int64_t floats = 0;
@@ -232,7 +236,7 @@ void Decoder::State::run(int thread, float* logits) {
       layer.out.load(inputs, x, t);
     }
     loaded();
-    layer.out.multiply(*inputs, thread, block.delta_attention.get(), hidden, *kernels);
+    layer.out.multiply(*inputs, thread, block.delta_attention.get(), block.delta_stride, *kernels);
     layer.up.prefetch(thread);
     pool.barrier();
 
@@ -257,7 +261,7 @@ void Decoder::State::run(int thread, float* logits) {
       layer.down.load(inputs, block.up.get() + t * block.up_stride + layer.spec.gate_base, t);
     }
     loaded();
-    layer.down.multiply(*inputs, thread, block.delta_mlp.get(), hidden, *kernels);
+    layer.down.multiply(*inputs, thread, block.delta_mlp.get(), block.delta_stride, *kernels);
     (l + 1 < layers.size() ? layers[l + 1].qkv : head).prefetch(thread);
     pool.barrier();
   }
@@ -277,13 +281,13 @@ void Decoder::State::embed(int thread, float* h, float* x, Inputs* inputs, Produ
   }
   if (embedding_projection) {
     loaded();
-    embedding_projection.multiply(*inputs, thread, block.delta_attention.get(), spec.hidden, *kernels);
+    embedding_projection.multiply(*inputs, thread, block.delta_attention.get(), block.delta_stride, *kernels);
     pool.barrier();
   }
   for (int64_t t = mine.first; t < mine.second; ++t) {
     float* row = h + t * spec.hidden;
     if (embedding_projection) {
-      std::memcpy(row, block.delta_attention.get() + t * spec.hidden,
+      std::memcpy(row, block.delta_attention.get() + t * block.delta_stride,
                   static_cast<size_t>(spec.hidden) * sizeof(float));
     }
     if (spec.positions >= 0) {
@@ -297,7 +301,7 @@ void Decoder::State::embed(int thread, float* h, float* x, Inputs* inputs, Produ
 
 // h = attention_after(h + attention_out(a)); x is scratch
 void Decoder::State::attention_residual(const Layer& layer, float* h, float* x, int64_t t) {
-  norm(layer.spec.attention_out, block.delta_attention.get() + t * spec.hidden, x);
+  norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x);
   kernels->add(h, x, spec.hidden);
   norm(layer.spec.attention_after, h, h);
 }
@@ -305,10 +309,10 @@ void Decoder::State::attention_residual(const Layer& layer, float* h, float* x, 
 // h = mlp_after(h + mlp_out(m)), or h + attention_out(a) + mlp_out(m)
 void Decoder::State::layer_residual(const Layer& layer, float* h, float* x, int64_t t) {
   if (layer.spec.parallel) {
-    norm(layer.spec.attention_out, block.delta_attention.get() + t * spec.hidden, x);
+    norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x);
     kernels->add(h, x, spec.hidden);
   }
-  norm(layer.spec.mlp_out, block.delta_mlp.get() + t * spec.hidden, x);
+  norm(layer.spec.mlp_out, block.delta_mlp.get() + t * block.delta_stride, x);
   kernels->add(h, x, spec.hidden);
   if (!layer.spec.parallel) norm(layer.spec.mlp_after, h, h);
 }

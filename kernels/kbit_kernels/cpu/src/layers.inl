@@ -228,10 +228,7 @@ static inline void soften(const Attend& job, int64_t row, int64_t chunk, int64_t
   for (int64_t j = b; j < kKeyChunk; ++j) s[j] = -HUGE_VALF;
   Vec peaks = load(s);
   for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) peaks = max(load(s + j), peaks);
-  float lanes[kLanes];
-  store(lanes, peaks);
-  float peak = job.peak[row];
-  for (float lane : lanes) peak = lane > peak ? lane : peak;
+  const float before = job.peak[row], here = max_lanes(peaks), peak = here > before ? here : before;
   const Vec shift = splat(peak);
   Vec total = Vec{};
   for (int64_t j = 0; j < kKeyChunk; j += kLanes) {
@@ -239,8 +236,8 @@ static inline void soften(const Attend& job, int64_t row, int64_t chunk, int64_t
     store(s + j, weight);
     total += weight;
   }
-  // before the first keys sum and total are 0, and the factor is 0 or (only NaN seen) NaN
-  const float factor = exp(splat(job.peak[row]) - shift)[0];
+  // before the first keys sum and total are 0, and the factor is 0
+  const float factor = peak == before ? 1 : exp(splat(before) - shift)[0];
   job.peak[row] = peak;
   job.total[row] = job.total[row] * factor + add_lanes(total);
   if (factor != 1.0f) {

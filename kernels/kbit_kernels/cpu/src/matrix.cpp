@@ -11,10 +11,12 @@
 #include <string>
 #include <vector>
 
-#if defined(__linux__) && defined(__x86_64__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "kbit.h"
@@ -107,13 +109,20 @@ bool half_ok(int32_t type) { return type >= kScaleFp32 && type <= kScaleBf16; }
 // asked for once.
 bool amx_granted() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
-  constexpr uint32_t kTiles = 1u << 24, kInt8 = 1u << 25;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTiles | kInt8)) != (kTiles | kInt8)) return false;
+  constexpr uint32_t kWanted = 1u << 22 | 1u << 24 | 1u << 25;  // bf16, tiles, int8
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kWanted) != kWanted) return false;
   constexpr long kAskForState = 0x1023, kTileData = 18;
   return syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
 }
 #else
 bool amx_granted() { return false; }
+#endif
+
+#if defined(__x86_64__)
+bool has_f16c() {  // not all compilers' __builtin_cpu_supports know it
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
 #endif
 
 }  // namespace
@@ -127,8 +136,7 @@ bool isa_available(Isa isa) {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (isa == kAvx2) {
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-           __builtin_cpu_supports("f16c");
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
   if (isa == kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -193,9 +201,15 @@ int64_t Matrix::bytes() const {
 
 namespace {
 
-// The integer inputs' bits, and the largest magnitude that they may have.
+bool input_bf16(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
+  const int64_t from = matrix.kernels->amx_tokens;
+  return arithmetic == kInt8 && !matrix.plain() && from != 0 && tokens >= from;
+}
+
+// The inputs' bits, and the largest magnitude that integers may have.
 int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   if (arithmetic == kFloat || matrix.plain()) return 32;
+  if (input_bf16(matrix, arithmetic, tokens)) return 16;
   const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
   const Kernels& kernels = *matrix.kernels;
   const bool bytes = matrix.tensor.storage == kCodebook ? kernels.byte_codebooks
@@ -212,7 +226,7 @@ Layout layout_of(const Matrix& matrix, int32_t width, int64_t tokens) {
   const Kernels& kernels = *matrix.kernels;
   if (matrix.plain() || matrix.step < kStep || width == 32) return {0, false};
   const bool wide = width == 16 && matrix.tensor.storage != kCodebook;
-  if (tokens > 1) return {0, wide && kernels.digit_tokens != 0 && tokens >= kernels.digit_tokens};
+  if (tokens > 1) return {0, wide && kernels.amx_tokens != 0 && tokens >= kernels.amx_tokens};
   const bool digits = wide && kernels.digits(matrix.tensor.bits);
   return {width == 8 || digits ? kernels.order(matrix.tensor.bits) : 0, digits};
 }
@@ -232,7 +246,7 @@ bool Matrix::same_input(const Matrix& other) const {
   }
   if (plain()) return true;
   for (Arithmetic arithmetic : {kInt8, kInt16}) {
-    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens, kernels->digit_tokens}) {
+    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens, kernels->amx_tokens}) {
       const int32_t width = input_width(*this, arithmetic, tokens);
       if (width != input_width(other, arithmetic, tokens) ||
           input_limit(*this, width, false) != input_limit(other, width, false)) {
@@ -252,10 +266,12 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   arithmetic = for_matrix.plain() ? kFloat : wanted;
   tokens = count;
   width = input_width(for_matrix, arithmetic, count);
-  const Layout layout = layout_of(for_matrix, width, count);
+  bf16 = input_bf16(for_matrix, arithmetic, count);
+  const Layout layout = bf16 ? Layout{0, false} : layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
+  if (bf16 && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
   // AMX reads 16 tokens at a time

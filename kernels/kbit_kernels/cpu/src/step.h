@@ -63,7 +63,7 @@ struct Block {
   bool solo = true, single = true;  // single: one token a sequence
   const CacheSpec* cache = nullptr;
   Buffer qkv, attention, delta_attention, delta_mlp, up, projected, partials, h;
-  int64_t qkv_stride = 0, attention_stride = 0, up_stride = 0;
+  int64_t qkv_stride = 0, attention_stride = 0, up_stride = 0, delta_stride = 0;
   std::unique_ptr<std::atomic<int64_t>[]> next;  // by layer: the next tile of a prompt's attention
 
   int64_t count() const { return static_cast<int64_t>(tokens.size()); }

@@ -43,17 +43,23 @@ static void scale_row(const Matrix& m, int64_t row, int64_t column, int columns,
   const Tensor& t = m.tensor;
   const int block = t.block ? t.block : 1 << 30;
   const float half = t.storage == kUint ? static_cast<float>(1 << (t.bits - 1)) : 0;
-  for (int at = 0; at < columns;) {
-    const int group = static_cast<int>((column + at) / block);
+  const int first = static_cast<int>(column / block);
+  const int groups = static_cast<int>((column + columns - 1) / block) - first + 1;
+  alignas(64) float scales[kMostBlocks + V::kFloats], means[V::kFloats];
+  group_scales(m, row, first, groups, scales);
+  for (int at = 0, group = first; at < columns; ++group) {
     const int stop = static_cast<int>(least<int64_t>(columns, (group + int64_t{1}) * block - column));
-    alignas(64) float s[V::kFloats];
-    group_scales(m, row, group, 1, s);
     const int64_t index = row * m.groups + group;
-    const V::F scale = V::set1(s[0]), zero = V::set1(t.zeros ? half - t.zeros[index] : 0);
+    const V::F scale = V::set1(scales[group - first]);
+    if (t.zeros == nullptr && t.means == nullptr) {
+      for (; at < stop; at += V::kFloats) V::store(values + at, V::mul(V::load(values + at), scale));
+      continue;
+    }
+    const V::F zero = V::set1(t.zeros ? half - t.zeros[index] : 0);
     V::F mean = V::zero();
     if (t.means) {
-      V::store(s, load_any(t.mean_type, t.means, index, 1, t.rows * m.groups));
-      mean = V::set1(s[0]);
+      V::store(means, load_any(t.mean_type, t.means, index, 1, t.rows * m.groups));
+      mean = V::set1(means[0]);
     }
     for (; at < stop; at += V::kFloats) {  // blocks are whole vectors; the end of a row has room
       V::F v = V::load(values + at);

@@ -24,12 +24,29 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
 }
 
 static inline float add_lanes(Vec v) {
+#if KBIT_LANES == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
   float lanes[kLanes];
   store(lanes, v);
-  for (int width = kLanes / 2; width >= 1; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
   return lanes[0];
+#endif
+}
+
+static inline float max_lanes(Vec v) {
+#if KBIT_LANES == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float lanes[kLanes];
+  store(lanes, v);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
+  }
+  return lanes[0];
+#endif
 }
 
 // An fp16 number, its bits; not arithmetic.
