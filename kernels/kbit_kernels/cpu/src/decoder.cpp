@@ -3,6 +3,7 @@
 // A step of one token meets at five barriers a layer: after q, k, v; attention; o; gate and up; down.
 // What lies between (residual, norms, rounding of inputs) every thread does for itself.
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <string>
 
@@ -13,7 +14,7 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kSoloTokens = 1;           // see Block::solo
-constexpr int64_t kBlockBytes = 24 << 20;    // of activations
+constexpr int64_t kBlockBytes = 64 << 20;    // of activations; weights are unpacked once a block
 constexpr int64_t kLeastBlock = 64, kMostBlock = 512;
 
 void require(bool good, const char* sentence) {
@@ -163,6 +164,9 @@ void Decoder::State::forward(const CacheSpec& cache, const int32_t* tokens, cons
     block.runs.clear();
     block.selected.clear();
   };
+  const int64_t total = std::accumulate(counts, counts + cache.batch, int64_t{0});
+  const int64_t blocks = std::max<int64_t>(1, (total + block_tokens - 1) / block_tokens);
+  const int64_t size = (total + blocks - 1) / blocks;  // a short last block would cost as much
   for (int64_t b = 0; b < cache.batch; ++b) {
     for (int32_t i = 0; i < counts[b]; ++i) {
       const int64_t at = block.count();
@@ -170,7 +174,7 @@ void Decoder::State::forward(const CacheSpec& cache, const int32_t* tokens, cons
       ++block.runs.back().count;
       block.tokens.push_back({*tokens++, b, lengths[b] + i});
       if (all_logits || i + 1 == counts[b]) block.selected.push_back(at);
-      if (block.count() == block_tokens) flush();
+      if (block.count() == size) flush();
     }
   }
   flush();
