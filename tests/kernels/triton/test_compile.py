@@ -31,6 +31,7 @@ SOME = [
     ("sm_90", "nf4-b64", 1),
     ("sm_90", "nf7-b64", 1),
     ("sm_90", "int4-b64", 64),
+    ("sm_90", "nf4-b64", 64),
     ("sm_100", "fp6e3-b32", 1),
     ("sm_100", "int4-row", 27),
     ("sm_120", "int5-b128", 1),
@@ -51,6 +52,9 @@ def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.
     assert binary.tensor_core > 0, binary
     assert binary.wide_loads >= spec.bits * config.bands if chip in compiled.NVIDIA else 1, binary
     assert binary.narrow_loads == 0, binary
+    # Triton asks for more than 48 KB only if its own part is more
+    own = binary.launch_bytes - binary.shared_bytes
+    assert own > 48 << 10 or binary.launch_bytes <= 48 << 10, binary
     return binary
 
 
@@ -87,11 +91,7 @@ def test_dequantize(chip: str) -> None:
 @pytest.mark.parametrize("spec", ALL_SPECS)
 @pytest.mark.parametrize("chip", compiled.CHIPS)
 def test_every_shipped_configuration(chip: str, spec: str, half: str) -> None:
-    fitting = [
-        c
-        for c in configs.shipped_configs(chip)
-        if c.rows_x <= configs.most_rows(QuantSpec.parse(spec))
-    ]
+    fitting = [c for c in configs.shipped_configs(chip) if configs.fits(c, QuantSpec.parse(spec))]
     for config in sorted(fitting, key=str):
         binary = check(chip, spec, config, half)
         if chip in compiled.NVIDIA:
