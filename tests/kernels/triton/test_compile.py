@@ -41,8 +41,9 @@ SOME = [
 ALL_SPECS = [f"{name}{k}-b64" for k in WIDTHS for name in ("int", "uint", "fp", "nf")]
 
 
-def config_of(chip: str, rows: int) -> Config:
-    return configs.heuristic(rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip])
+def config_of(chip: str, spec: str, rows: int) -> Config:
+    most = configs.most_rows(QuantSpec.parse(spec))
+    return configs.heuristic(rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip], most)
 
 
 def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.Binary:
@@ -70,7 +71,7 @@ def check_loop(chip: str, text: str, binary: compiled.Binary, config: Config) ->
 
 @pytest.mark.parametrize(("chip", "spec", "rows"), SOME)
 def test_some_configurations(chip: str, spec: str, rows: int) -> None:
-    config = config_of(chip, rows)
+    config = config_of(chip, spec, rows)
     binary = check(chip, spec, config)
     if chip in compiled.NVIDIA:
         check_loop(chip, spec, binary, config)
@@ -101,7 +102,7 @@ def test_every_shipped_configuration(chip: str, spec: str, half: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ALL_SPECS)
 def test_goals(spec: str) -> None:
-    config = config_of("sm_90", 1)
+    config = config_of("sm_90", spec, 1)
     binary = check("sm_90", spec, config)
     goal = GOALS[QuantSpec.parse(spec).bits] + (0.0 if spec.startswith("int") else 1.0)
     assert compiled.instructions_per_weight(binary, config) <= goal
