@@ -54,18 +54,21 @@ def power_of_two(value: int) -> int:
 
 
 def most_rows(spec: QuantSpec) -> int:
-    """Rows of x that a program may hold: beside 32 KB of table, what 64 rows exchange may not
-    fit (see `fits`), and with 16 outputs looked up at once registers spill."""
-    return 32 if scheme_of(spec).kind == "table" else 64
+    """Rows of x that a program may hold: with 16 outputs looked up in shared memory at once,
+    registers spill at 64."""
+    scheme = scheme_of(spec)
+    return 32 if scheme.kind == "table" and scheme.outputs == 16 else 64
 
 
 def fits(config: Config, spec: QuantSpec) -> bool:
     """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
-    for more, which it does for what it counts itself; it does not count the table of inline PTX."""
-    outputs = ROWS * config.bands * config.warps_n * config.rows_x
-    exchanged = outputs * (4 if config.split > 1 else 2)
+    for more, which it does for what it counts itself; it does not count the 32 KB of table that
+    inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
+    sums of all of them, with 3.9 less."""
+    warps = config.warps_n * config.warps_k
+    exchanged = warps * ROWS * config.bands * config.rows_x * 4
     table = scheme_of(spec).kind == "table"
-    return config.rows_x <= most_rows(spec) and (not table or exchanged <= 8192)
+    return config.rows_x <= most_rows(spec) and (not table or exchanged <= 16 << 10)
 
 
 def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:

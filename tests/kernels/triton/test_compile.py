@@ -53,9 +53,9 @@ def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.
     assert binary.tensor_core > 0, binary
     assert binary.wide_loads >= spec.bits * config.bands if chip in compiled.NVIDIA else 1, binary
     assert binary.narrow_loads == 0, binary
-    # Triton asks for more than 48 KB only if its own part is more
+    # Triton asks for more than 48 KB only if its own part is more; 1 KB is the system's
     own = binary.launch_bytes - binary.shared_bytes
-    assert own > 48 << 10 or binary.launch_bytes <= 48 << 10, binary
+    assert own > 48 << 10 or binary.launch_bytes <= 49 << 10, binary
     return binary
 
 
