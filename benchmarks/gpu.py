@@ -3,7 +3,7 @@
     python benchmarks/gpu.py [--quick] [--model MODEL] [--dry-run]
 
 1. Correctness gate: every width and data type against the reference, both half precisions, every
-   bucket of rows. Nothing is timed if it fails.
+   bucket of rows. What is wrong is listed in the result and not timed.
 2. Copy bandwidth and cuBLAS fp16 of this card.
 3. k = 2..8 x {int, uint, nf, fp} x M = 1..128 x five shapes: microseconds, x cuBLAS in the same
    rounds, percent of copy bandwidth.
@@ -13,8 +13,11 @@
    `kbit.load(MODEL, device="cuda")`.
 6. From how many rows of x on dequantizing and cuBLAS is faster.
 
-Every section is written to results/gpu-<class>.json as it ends, and the run goes on to the next one
-if one fails; two plots at the end. Kernels are compiled by several processes before timing starts.
+Every section runs in a process of its own and every row is written to results/gpu-<class>.json as
+it comes: neither a section that fails, nor a peer that hangs or corrupts the CUDA context, loses
+what others measured. The sweep is then taken up again without peers. Two plots at the end. Kernels
+are compiled by several processes before timing starts. `python benchmarks/readme.py` puts the
+table into README.
 --dry-run goes through all of it without a GPU, on tiny shapes under Triton's interpreter, and
 writes to a temporary directory: it shows that the run will end, and no speed.
 """
@@ -27,7 +30,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +46,12 @@ SHAPES = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192
 # x cuBLAS at 8192 x 8192, M = 1, of the best published kernels (peers.md)
 TO_BEAT = {8: 1.60, 7: 1.68, 6: 1.86, 5: 1.96, 4: 2.24, 3: 2.26, 2: 2.58}
 LIMIT_S = 8 * 60.0
-PEER_LIMIT_S = 40.0  # some tune themselves for longer than all of kbit's measurements take
+GATE_S = 150.0  # bf16, which is not timed, is checked up to here
+SILENCE_S = 120.0  # a section without a row for so long hangs
+# some peers tune themselves for longer than all of kbit's measurements take
+PEER_LIMIT_S = 40.0
+PEERS_LIMIT_S = 80.0  # all of them
+SPAWN = multiprocessing.get_context("spawn")
 
 
 @dataclass(frozen=True)
@@ -62,12 +70,31 @@ class Scale:
 DRY = Scale("cpu", ((48, 512),), (1, 16), (4,), (24, 512), 1 << 20, 1)
 
 
-def gate(specs: list[str], scale: Scale) -> list[str]:
+def gate(specs: list[str], scale: Scale, until: float) -> dict[str, list[str]]:
     """Run in its own process: every spec against the reference; returns what is wrong.
 
     Compiling for the gate also fills Triton's cache for the timings.
     """
     warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    import torch
+
+    wrong: dict[str, list[str]] = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for text in specs:
+            if dtype == torch.bfloat16 and time.monotonic() > until:
+                print(f"the gate has no time left for {text} in bf16", flush=True)
+                continue
+            try:
+                problems = check(text, dtype, scale)
+            except Exception as problem:  # does not compile, does not launch
+                problems = [f"{text} {dtype}: {type(problem).__name__}: {problem}"[:500]]
+            if problems:
+                wrong.setdefault(text, []).extend(problems)
+    return wrong
+
+
+def check(text: str, dtype: Any, scale: Scale) -> list[str]:
+    """What is wrong with one spec in one half precision."""
     import numpy as np
     import torch
 
@@ -79,46 +106,44 @@ def gate(specs: list[str], scale: Scale) -> list[str]:
     N, K = scale.gate_shape
     wrong = []
     rng = np.random.default_rng(0)
-    for text in specs:
-        spec = QuantSpec.parse(text)
-        tensor = quantize(rng.standard_normal((N, K)).astype(np.float32) * 0.02, spec)
-        weights = reference.dequantize(tensor)
-        for dtype in (torch.float16, torch.bfloat16):
-            weight = prepare(tensor, scale.device, dtype)
-            # half a unit of the result, plus half a unit of each table entry and fp32 sums
-            rounding = 2.0**-11 if dtype == torch.float16 else 2.0**-8
-            if dtype == torch.bfloat16 and scale.device == "cpu":
-                rounding = 2.0**-7  # the interpreter cuts off
-            restored = dequantize(
-                weight, torch.full(tensor.shape, float("nan"), device=scale.device, dtype=dtype)
-            )
-            error = np.abs(restored.float().cpu().numpy() - weights)
-            if not (error <= 2.1 * rounding * np.abs(weights) + 2.0**-24).all():
-                wrong.append(f"{text} {dtype} dequantize: {np.nanmax(error):.3g}")
-            configs = {
-                heuristic(m, n, k, gpu, sms, most_rows(spec))
-                for n, k in (SHIPPED_SHAPES if scale.device == "cuda" else scale.shapes)
-                for m in scale.rows
-            }
-            if dtype == torch.bfloat16:  # timed in fp16 only; one configuration a bucket is enough
-                configs = {c.rows_x: c for c in configs}.values()
-            for config in configs:
-                m = config.rows_x - 3
-                x = torch.randn((m, K), device=scale.device).to(dtype)
-                out = torch.full((m, N), float("nan"), device=scale.device, dtype=dtype)
-                for _ in range(2):
-                    first = out.clone()
-                    fused_linear(x, weight, config, out=out)
-                x_f32 = x.float().cpu().numpy()
-                expected = reference.linear(x_f32, tensor)
-                terms = np.abs(x_f32) @ np.abs(weights).T
-                bound = 1.1 * rounding * np.abs(expected) + (rounding + 2.0**-18) * terms / 8
-                bound += rounding * np.sqrt((x_f32**2) @ (weights**2).T) * 4 + 2.0**-24
-                error = np.abs(out.float().cpu().numpy() - expected)
-                if not (error <= bound).all():
-                    wrong.append(f"{text} {dtype} {config}: {np.nanmax(error / bound):.3g} x bound")
-                if not torch.equal(first, out):
-                    wrong.append(f"{text} {dtype} {config}: two calls differ")
+    spec = QuantSpec.parse(text)
+    tensor = quantize(rng.standard_normal((N, K)).astype(np.float32) * 0.02, spec)
+    weights = reference.dequantize(tensor)
+    weight = prepare(tensor, scale.device, dtype)
+    # half a unit of the result, plus half a unit of each table entry and fp32 sums
+    rounding = 2.0**-11 if dtype == torch.float16 else 2.0**-8
+    if dtype == torch.bfloat16 and scale.device == "cpu":
+        rounding = 2.0**-7  # the interpreter cuts off
+    restored = dequantize(
+        weight, torch.full(tensor.shape, float("nan"), device=scale.device, dtype=dtype)
+    )
+    error = np.abs(restored.float().cpu().numpy() - weights)
+    if not (error <= 2.1 * rounding * np.abs(weights) + 2.0**-24).all():
+        wrong.append(f"{text} {dtype} dequantize: {np.nanmax(error):.3g}")
+    configs = {
+        heuristic(m, n, k, gpu, sms, most_rows(spec))
+        for n, k in (SHIPPED_SHAPES if scale.device == "cuda" else scale.shapes)
+        for m in scale.rows
+    }
+    if dtype == torch.bfloat16:  # timed in fp16 only; one configuration a bucket is enough
+        configs = set({c.rows_x: c for c in configs}.values())
+    for config in configs:
+        m = config.rows_x - 3
+        x = torch.randn((m, K), device=scale.device).to(dtype)
+        out = torch.full((m, N), float("nan"), device=scale.device, dtype=dtype)
+        for _ in range(2):
+            first = out.clone()
+            fused_linear(x, weight, config, out=out)
+        x_f32 = x.float().cpu().numpy()
+        expected = reference.linear(x_f32, tensor)
+        terms = np.abs(x_f32) @ np.abs(weights).T
+        bound = 1.1 * rounding * np.abs(expected) + (rounding + 2.0**-18) * terms / 8
+        bound += rounding * np.sqrt((x_f32**2) @ (weights**2).T) * 4 + 2.0**-24
+        error = np.abs(out.float().cpu().numpy() - expected)
+        if not (error <= bound).all():
+            wrong.append(f"{text} {dtype} {config}: {np.nanmax(error / bound):.3g} x bound")
+        if not torch.equal(first, out):
+            wrong.append(f"{text} {dtype} {config}: two calls differ")
     return wrong
 
 
@@ -154,28 +179,78 @@ def attention_gate(scale: Scale) -> list[str]:
     return [] if error < 4e-3 else [f"attention is off by {error:.3g}"]
 
 
-def run_gate(scale: Scale) -> None:
-    """The gate over several processes; raises if anything is wrong."""
+def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
+    """The gate over several processes: what is wrong, by spec, "attention" or "process"."""
     specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
     specs += ["int4-row", "int3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64", "int4-b64-center"]
     jobs = min(12, os.cpu_count() or 1)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, mp_context=spawn) as pool:
-        parts = [pool.submit(gate, specs[i::jobs], scale) for i in range(jobs)]
-        parts.append(pool.submit(attention_gate, scale))
-        wrong = [w for part in parts for w in part.result()]
-    if wrong:
-        raise SystemExit("the gate is red, nothing is timed:\n" + "\n".join(wrong))
+    wrong: dict[str, list[str]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
+        attention = pool.submit(attention_gate, scale)
+        parts = [pool.submit(gate, specs[i::jobs], scale, until) for i in range(jobs)]
+        try:
+            if problems := attention.result():
+                wrong["attention"] = problems
+        except Exception as problem:
+            wrong["attention"] = [f"{type(problem).__name__}: {problem}"[:500]]
+        for i, part in enumerate(parts):
+            try:
+                wrong |= part.result()
+            except Exception as problem:  # it died, and whether its specs are right is not known
+                for text in specs[i::jobs]:
+                    wrong[text] = [f"not checked: {type(problem).__name__}: {problem}"[:500]]
+    return wrong
 
 
-def baseline(scale: Scale) -> dict[str, Any]:
+def _child(pipe: Any, work: Callable[..., Iterable[Any]], arguments: tuple[Any, ...]) -> None:
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    try:
+        for found in work(*arguments):
+            pipe.send(("row", found))
+        pipe.send(("end", None))
+    except Exception:
+        pipe.send(("failed", traceback.format_exc()))
+
+
+def apart(
+    work: Callable[..., Iterable[Any]],
+    arguments: tuple[Any, ...],
+    until: float,
+    keep: Callable[[Any], None],
+) -> str | None:
+    """Run `work` in a process of its own and `keep` what it yields; what went wrong, or None."""
+    pipe, far = SPAWN.Pipe(duplex=False)
+    process = SPAWN.Process(target=_child, args=(far, work, arguments), daemon=True)
+    process.start()
+    far.close()
+    try:
+        while True:
+            left = min(SILENCE_S, until - time.monotonic())
+            if not pipe.poll(max(0.0, left)):
+                return "stopped: " + ("it hangs" if left == SILENCE_S else "no time left")
+            try:
+                kind, value = pipe.recv()
+            except EOFError:
+                process.join()
+                return f"its process died, exit status {process.exitcode}"
+            if kind == "row":
+                keep(value)
+            else:
+                return value
+    finally:
+        process.join(5)
+        process.kill()
+        process.join()
+
+
+def baseline(scale: Scale) -> Iterator[dict[str, Any]]:
     """Copy bandwidth; cuBLAS stands beside every row of the sweep."""
     import torch
 
     from kbit_kernels.triton.measure import copy_bandwidth_gb_s
 
     on_gpu = scale.device == "cuda"
-    return {
+    yield {
         "gpu": torch.cuda.get_device_name() if on_gpu else "none: a dry run",
         "copy_gb_s": copy_bandwidth_gb_s(scale.copy_bytes, scale.device),
         "torch": torch.__version__,
@@ -197,27 +272,49 @@ def dense_calls(n: int, k: int, x: Any) -> list[Callable[[], Any]]:
     return [partial(torch.nn.functional.linear, x, w) for w in weights]
 
 
-def cross_overs(scale: Scale) -> list[dict[str, Any]]:
+def cross_overs(scale: Scale) -> Iterator[dict[str, Any]]:
     """The most rows for which the fused kernel wins, at some widths."""
     from kbit_kernels import QuantSpec
     from kbit_kernels.triton.measure import cross_over_rows
 
-    return [
-        {
-            "spec": str(spec := QuantSpec("int", bits)),
-            "shape": list(scale.shapes[0]),
-            "rows": cross_over_rows(spec, scale.shapes[0], scale.device, scale.rounds),
-        }
-        for bits in scale.widths
-        if bits in (2, 4, 8)
-    ]
+    for bits in (4, 2, 8):
+        if bits in scale.widths:
+            spec = QuantSpec("int", bits)
+            rows = cross_over_rows(spec, scale.shapes[0], scale.device, scale.rounds)
+            yield {"spec": str(spec), "shape": list(scale.shapes[0]), "rows": rows}
+
+
+def decode(
+    scale: Scale, widths: tuple[int, ...], copy_gb_s: float, until: float
+) -> Iterator[dict[str, Any]]:
+    """See gpu_decode.decode_speed."""
+    from gpu_decode import LLAMA_3_8B, TINY, decode_speed
+
+    config = LLAMA_3_8B if scale.device == "cuda" else TINY
+    yield from decode_speed(widths, copy_gb_s, until, config, scale.device)
+
+
+def model(path: str, scale: Scale) -> Iterator[dict[str, Any]]:
+    """See gpu_decode.model_speed."""
+    from gpu_decode import model_speed
+
+    yield model_speed(path, scale.device)
+
+
+Key = tuple[str, tuple[int, int], int]  # data type, shape, rows of x
 
 
 def sweep(
-    scale: Scale, copy_gb_s: float, deadline: float, rows: list[dict[str, Any]], quick: bool
-) -> Iterator[None]:
-    """All widths, types, rows and shapes into `rows`; what tells most first, so that a deadline
-    costs least. Pauses after every product that was timed, for saving."""
+    scale: Scale,
+    copy_gb_s: float,
+    until: float,
+    plan: list[tuple[tuple[int, int], str]],
+    wrong: set[str],
+    done: set[Key],
+    with_peers: bool,
+) -> Iterator[tuple[Key, list[dict[str, Any]]]]:
+    """Shapes and data types of `plan`, all widths and rows; what tells most first, so that a
+    deadline costs least. Leaves out what is `wrong` or `done`."""
     from functools import partial
 
     import torch
@@ -230,18 +327,21 @@ def sweep(
     device = scale.device
     gpu, sms = gpu_class(torch.device(device))
     spent: dict[str, float] = {}
-    plan = [(shape, name) for name in DTYPES for shape in scale.shapes]
-    for (n, k), name in plan[: 1 if quick else None]:
+    for (n, k), name in plan:
+        # every row count for int; for the others the ends of the scale
+        counts = [m for m in scale.rows if name == "int" or m in (1, 16, 128)]
+        counts = [m for m in counts if (name, (n, k), m) not in done]
         weights = {}
-        for bits in scale.widths:
+        for bits in scale.widths if counts else ():
             spec = QuantSpec(name, bits)
+            if str(spec) in wrong:
+                continue
             first = random_weight(spec, (n, k), device=device)
             count = copies(first.nbytes) if device == "cuda" else 1
             others = (random_weight(spec, (n, k), device=device) for _ in range(count - 1))
             weights[spec] = [first, *others]
-        # every row count for int; for the others the ends of the scale
-        for m in scale.rows if name == "int" else [m for m in (1, 16, 128) if m in scale.rows]:
-            if time.monotonic() > deadline:
+        for m in counts:
+            if time.monotonic() > until:
                 return
             x = torch.randn((m, k), device=device, dtype=torch.float16)
             timed = {"cublas": Timed(dense_calls(n, k, x), device)}
@@ -249,11 +349,14 @@ def sweep(
                 timed[str(spec)] = Timed([partial(linear, x, w) for w in held], device)
             failed: dict[str, str] = {}
             peers: dict[str, Peer] = {}
-            if name == "int":
+            if name == "int" and with_peers:
                 peers = PEERS | (WIDTH_PEERS if (n, k) == scale.shapes[0] and m == 1 else {})
             for peer, make in peers.items():
-                if spent.get(peer, 0.0) > PEER_LIMIT_S:
-                    failed[peer] = f"left out: setting it up took {spent[peer]:.0f} s already"
+                if spent.get(peer, 0.0) > PEER_LIMIT_S or sum(spent.values()) > PEERS_LIMIT_S:
+                    failed[peer] = (
+                        f"left out: setting it up took {spent.get(peer, 0.0):.0f} s already,"
+                        f" all peers {sum(spent.values()):.0f} s"
+                    )
                     continue
                 started = time.monotonic()
                 try:
@@ -262,6 +365,7 @@ def sweep(
                     failed[peer] = f"{type(problem).__name__}: {problem}"[:300]
                 spent[peer] = spent.get(peer, 0.0) + time.monotonic() - started
             us = medians_us(timed, scale.rounds)
+            rows = []
             for spec, held in weights.items():
                 nbytes = held[0].nbytes + 2 * m * (n + k)
                 rows.append(
@@ -277,7 +381,7 @@ def sweep(
                     }
                 )
             for peer in peers:
-                row = {"peer": peer, "shape": [n, k], "rows": m}
+                row: dict[str, Any] = {"peer": peer, "shape": [n, k], "rows": m}
                 if peer in failed:
                     row["failed"] = failed[peer]
                 else:
@@ -285,7 +389,7 @@ def sweep(
                     row["x_cublas"] = us["cublas"] / us[peer]
                 rows.append(row)
             del timed
-            yield
+            yield (name, (n, k), m), rows
         del weights
         if device == "cuda":
             torch.cuda.empty_cache()
@@ -378,48 +482,91 @@ def main() -> None:
 
     stem = directory / f"gpu-{gpu_class(torch.device(scale.device))[0]}"
     rows: list[dict[str, Any]] = []
-    result: dict[str, Any] = {"environment": environment(), "sweep": rows}
+    result: dict[str, Any] = {
+        "command": f"python benchmarks/gpu.py{' --quick' if options.quick else ''}",
+        "environment": environment(),
+    }
 
     def save() -> None:
         aside = stem.with_suffix(".tmp")
         aside.write_text(json.dumps(result, indent=1) + "\n")
         aside.replace(stem.with_suffix(".json"))
 
-    def section(name: str, work: Callable[[], Any]) -> None:
+    def section(
+        name: str, until: float, work: Callable[..., Iterable[Any]], *arguments: Any
+    ) -> list[Any]:
+        """Keep what it yields, saved at once; say what went wrong."""
         at = time.monotonic()
-        try:
-            found = work()
-            if found is not None:
-                result[name] = found
-        except Exception:
-            result[f"{name} failed"] = traceback.format_exc()
-            print(f"{name} failed:\n{traceback.format_exc()}")
-        print(f"{name}: {time.monotonic() - at:.0f} s", flush=True)
-        save()
+        found: list[Any] = []
 
-    run_gate(scale)
-    result["gate"] = f"green after {time.monotonic() - started:.0f} s"
-    print(result["gate"], flush=True)
-    result["baseline"] = baseline(scale)
-    save()
-    copy_gb_s = result["baseline"]["copy_gb_s"]
-    from gpu_decode import LLAMA_3_8B, TINY, decode_speed, model_speed  # needs kernels: after it
-
-    def measure_sweep() -> None:
-        for _ in sweep(scale, copy_gb_s, started + LIMIT_S - 40, rows, options.quick):
+        def keep(value: Any) -> None:
+            found.append(value)
+            result[name] = found
             save()
 
+        problem = apart(work, arguments, until, keep)
+        if problem is not None:
+            result[f"{name} failed"] = problem
+            print(f"{name} failed: {problem}")
+        print(f"{name}: {time.monotonic() - at:.0f} s", flush=True)
+        save()
+        return found
+
+    wrong = run_gate(scale, started + GATE_S)
+    end = started + LIMIT_S
+    colour = f"red: {', '.join(wrong)}" if wrong else "green"
+    result["gate"] = f"{colour}, after {time.monotonic() - started:.0f} s"
+    print(result["gate"], flush=True)
+    if wrong:
+        result["gate failed"] = wrong
+        print("\n".join(line for lines in wrong.values() for line in lines), flush=True)
+    save()
+    base = section("baseline", end, baseline, scale)
+    if not base:
+        raise SystemExit("the card copies no memory; nothing else can be measured")
+    result["baseline"] = base[0]
+    copy_gb_s = base[0]["copy_gb_s"]
+
     # decoding first: it is short, and its numbers are the ones people ask for
-    widths = (4,) if options.quick else scale.widths
-    config = TINY if options.dry_run else LLAMA_3_8B
-    until = started + 0.55 * LIMIT_S
-    section("decode", lambda: decode_speed(widths, copy_gb_s, until, config, scale.device))
-    if options.model:
-        section("model", lambda: model_speed(options.model, scale.device))
-    section("sweep", measure_sweep)
+    widths = tuple(
+        bits for bits in ((4,) if options.quick else scale.widths) if f"int{bits}-b64" not in wrong
+    )
+    if "attention" in wrong or not widths:
+        result["decode failed"] = "left out: the gate is red"
+    else:
+        until = time.monotonic() + 0.35 * (end - time.monotonic())
+        section("decode", until + 20, decode, scale, widths, copy_gb_s, until)
+    if options.model and section("model", time.monotonic() + 60, model, options.model, scale):
+        result["model"] = result["model"][0]
+
+    plan = [(shape, name) for name in DTYPES for shape in scale.shapes][
+        : 1 if options.quick else None
+    ]
+    result["sweep"] = rows
+    done: set[Key] = set()
+
+    def keep_rows(found: tuple[Key, list[dict[str, Any]]]) -> None:
+        done.add(found[0])
+        rows.extend(found[1])
+        save()
+
+    at = time.monotonic()
+    until = end - 40
+    for with_peers in (True, False):
+        arguments = (scale, copy_gb_s, until, plan, set(wrong), done, with_peers)
+        problem = apart(sweep, arguments, until + 15, keep_rows)
+        if problem is None:
+            break
+        key = "sweep failed" if with_peers else "sweep without peers failed"
+        result[key] = problem
+        print(f"{key}: {problem}", flush=True)
+    print(f"sweep: {time.monotonic() - at:.0f} s", flush=True)
     print("\n".join(goals(rows)))
-    section("cross-over", lambda: cross_overs(scale))
-    section("plots", lambda: plots(rows, stem, scale.shapes[0]))
+    section("cross-over", end - 5, cross_overs, scale)
+    try:
+        plots(rows, stem, scale.shapes[0])
+    except Exception:
+        result["plots failed"] = traceback.format_exc()
     result["wall_s"] = time.monotonic() - started
     save()
     print(f"{result['wall_s']:.0f} s, {stem.with_suffix('.json')}")

@@ -4,7 +4,7 @@ Both run kbit's own executor; only where the weights come from differs.
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -99,13 +99,12 @@ def decode_speed(
     deadline: float,
     config: dict[str, Any] = LLAMA_3_8B,
     device: str = "cuda",
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Tokens per second at batch 1 and 8 for every width; percent of the byte roofline.
 
     `step_us` is the captured step alone; `tokens_per_s` is the executor called in a loop, tokens
     chosen on the device and brought to the host. At 4 bits also with torch's own attention.
     """
-    found: list[dict[str, Any]] = []
     decoder = describe(config)
     kinds = [(bits, RandomLoader) for bits in sorted(widths, key=lambda k: (k != 4, k))]
     kinds.insert(1, (4, TorchAttention))  # 4 bits is compared most
@@ -118,7 +117,7 @@ def decode_speed(
         executor = kind({}, decoder, device, torch.float16, torch.float16)
         for batch in batches:
             if time.monotonic() > deadline:
-                return found
+                return
             cache = executor.new_cache(batch, CONTEXT)
             with torch.inference_mode():
                 # every call is a replay of the captured step
@@ -143,7 +142,7 @@ def decode_speed(
                 "tokens_per_s": batch * count / seconds,
                 "percent_of_byte_roofline": 100 * floor_us / us,
             }
-            found.append(row)
+            yield row
             print(
                 f"{spec} batch {batch}, attention by {row['attention']}: "
                 f"{batch * 1e6 / us:.0f} tok/s in the step, "
@@ -154,7 +153,6 @@ def decode_speed(
         del executor
         if on_gpu:
             torch.cuda.empty_cache()
-    return found
 
 
 class Replay(Timed):

@@ -164,6 +164,44 @@ def start() -> str:
     return "\n\n".join(parts)
 
 
+@table
+def gpu() -> str:
+    """The results of benchmarks/gpu.py, a file a class of GPU; says so where there is none."""
+    parts = []
+    for path in sorted(RESULTS.glob("gpu-*.json")):
+        data = load(path.stem)
+        shape = [8192, 8192]
+        at = [r for r in data["sweep"] if r["shape"] == shape and "us" in r]
+        counts = sorted({r["rows"] for r in at})
+        names = dict.fromkeys(r.get("spec") or r["peer"] for r in at)
+        rows = []
+        for name in names:
+            of = {r["rows"]: r for r in at if name == (r.get("spec") or r["peer"])}
+            share = of.get(1, {}).get("percent_of_copy")
+            times = [f"{of[m]['x_cublas']:.2f}" if m in of else "" for m in counts]
+            rows.append([name, *times, "" if share is None else f"{share:.0f} %"])
+        header = ["x cuBLAS fp16, M =", *map(str, counts), "of copy bandwidth, M = 1"]
+        base = data["baseline"]
+        title = f"**{base['gpu']}**, {base['copy_gb_s']:.0f} GB/s of copying; weights 8192 x 8192"
+        parts.append(f"{title}\n\n{markdown(header, rows)}")
+        if data.get("decode"):
+            rows = [
+                [r["spec"], str(r["batch"]), r["attention"], f"{r['tokens_per_s']:.0f}",
+                 f"{r['percent_of_byte_roofline']:.0f} %"]
+                for r in data["decode"]
+            ]  # fmt: skip
+            header = ["Llama-3-8B shapes", "batch", "attention", "tokens/s", "of the byte roofline"]
+            parts.append(markdown(header, rows))
+        parts.append(f"<sub>{source(data)}</sub>")
+    if not parts:
+        return (
+            "No speed stands here, because none has been measured yet: `python benchmarks/gpu.py` "
+            "does that, unattended, in one command, and `python benchmarks/readme.py` puts its "
+            "table here."
+        )
+    return "\n\n".join(parts)
+
+
 def render(text: str) -> str:
     def replace(match: re.Match[str]) -> str:
         return f"<!-- table: {match[1]} -->\n{TABLES[match[1]]()}\n<!-- end -->"

@@ -1,13 +1,61 @@
 """The GPU benchmark from end to end where there is no GPU: tiny, under Triton's interpreter."""
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def fails() -> Iterator[int]:
+    yield 1
+    raise ValueError("a section of its own")
+
+
+def dies() -> Iterator[int]:
+    yield 2
+    os._exit(3)
+
+
+def ends() -> Iterator[int]:
+    yield 3
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    spec = importlib.util.find_spec("gpu")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "gpu", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("work", "rows", "problem"),
+    [(fails, [1], "a section of its own"), (dies, [2], "exit status 3"), (ends, [3], None)],
+)
+def test_what_a_section_measured_outlives_it(
+    gpu: Any, work: Callable[[], Iterator[int]], rows: list[int], problem: str | None
+) -> None:
+    kept: list[int] = []
+    found = gpu.apart(work, (), time.monotonic() + 600, kept.append)
+    assert kept == rows
+    assert found is None if problem is None else problem in found
+
+
+def test_a_section_without_time_is_stopped(gpu: Any) -> None:
+    assert gpu.apart(ends, (), time.monotonic() - 1, print) == "stopped: no time left"
 
 
 @pytest.mark.slow

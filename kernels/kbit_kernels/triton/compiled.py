@@ -37,7 +37,8 @@ class Binary:
     Attributes:
         registers: per lane.
         spill_bytes: stack and local memory per lane, and spilled registers.
-        shared_bytes: shared memory per program.
+        shared_bytes: shared memory per program that the binary itself asks for.
+        launch_bytes: the same and what Triton asks for at the launch.
         wide_loads: 128-bit global loads of weights (on AMD: all of them), in the whole kernel.
         narrow_loads: narrower loads of weights.
         tensor_core: tensor-core instructions in the whole kernel.
@@ -49,6 +50,7 @@ class Binary:
     registers: int
     spill_bytes: int
     shared_bytes: int
+    launch_bytes: int
     wide_loads: int
     narrow_loads: int
     tensor_core: int
@@ -114,7 +116,7 @@ def _compile(
     )
     if chip in AMD:
         return _read_amdgcn(compiled.asm["amdgcn"])
-    return _read_cubin(compiled.asm["cubin"])
+    return _read_cubin(compiled.asm["cubin"], compiled.metadata.shared)
 
 
 def _cuobjdump(option: str, path: str) -> str:
@@ -122,7 +124,7 @@ def _cuobjdump(option: str, path: str) -> str:
     return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
 
 
-def _read_cubin(cubin: bytes) -> Binary:
+def _read_cubin(cubin: bytes, dynamic_bytes: int) -> Binary:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -139,6 +141,7 @@ def _read_cubin(cubin: bytes) -> Binary:
         registers=int(found["REG"]),
         spill_bytes=int(found["STACK"]) + int(found["LOCAL"]) + spilling,
         shared_bytes=int(found["SHARED"]),
+        launch_bytes=int(found["SHARED"]) + dynamic_bytes,
         wide_loads=wide,
         narrow_loads=len(weights) - wide,
         tensor_core=sum(bool(_TENSOR_CORE.match(op)) for _, op, _ in lines),
@@ -171,10 +174,12 @@ def _read_amdgcn(text: str) -> Binary:
         return int(match[1])
 
     spilled = number(r"\.vgpr_spill_count") + number(r"\.sgpr_spill_count")
+    shared = number(r"\.group_segment_fixed_size")
     return Binary(
         registers=number(r"\.vgpr_count"),
         spill_bytes=number(r"\.private_segment_fixed_size") + spilled,
-        shared_bytes=number(r"\.group_segment_fixed_size"),
+        shared_bytes=shared,
+        launch_bytes=shared,
         wide_loads=text.count("_load_dwordx4"),
         narrow_loads=0,
         tensor_core=text.count("v_mfma"),

@@ -60,6 +60,17 @@ def most_rows(spec: QuantSpec) -> int:
     return 32 if scheme.kind == "table" and scheme.outputs == 16 else 64
 
 
+def fits(config: Config, spec: QuantSpec) -> bool:
+    """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
+    for more, which it does for what it counts itself; it does not count the 32 KB of table that
+    inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
+    sums of all of them, with 3.9 less."""
+    warps = config.warps_n * config.warps_k
+    exchanged = warps * ROWS * config.bands * config.rows_x * 4
+    table = scheme_of(spec).kind == "table"
+    return config.rows_x <= most_rows(spec) and (not table or exchanged <= 16 << 10)
+
+
 def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:
     """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
     # AMD's matrix instructions have at least 16 columns
@@ -190,9 +201,10 @@ def choose_for(
         return None, f"{source}: above the cross-over"
     for table, source in tables:
         entry = table["entries"].get(entry_key(spec, rows, n, k))
-        if entry is not None and entry["rows_x"] <= most_rows(spec):
-            fields = {name: entry[name] for name in Config.__dataclass_fields__}
-            return Config(**fields), source
+        if entry is not None:
+            config = Config(**{name: entry[name] for name in Config.__dataclass_fields__})
+            if fits(config, spec):
+                return config, source
     return heuristic(rows, n, k, gpu, sms, most_rows(spec)), "rule"
 
 

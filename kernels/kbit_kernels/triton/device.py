@@ -363,7 +363,9 @@ def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = No
     """`x [..., K] @ weights [N, K].T + bias [N]` -> `[..., N]` in x's dtype.
 
     Fused up to the cross-over of rows in the tuning table; above it the weights are dequantized
-    into a buffer that lives for the call, and cuBLAS multiplies.
+    into a buffer that lives for the call, and cuBLAS multiplies. The weight's device must be the
+    current one, and calls (and replays of captured ones) must not overlap on two streams of it:
+    products split over columns share one workspace.
 
     Raises:
         KbitError: x's last axis or dtype does not fit the weight.

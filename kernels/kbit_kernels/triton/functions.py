@@ -87,8 +87,11 @@ def _decode_plain(
         bias: tl.constexpr = 15 if DT == tl.float16 else 127
         sign = (code >> (BITS - 1)) << 15
         magnitude = (code & ((1 << (BITS - 1)) - 1)) << (16 - gap - BITS)
-        value = (sign | magnitude).to(tl.int16).to(DT, bitcast=True)
-        value = (value.to(tl.float32) * (2.0 ** (bias - ((1 << EXPONENT) - 1)))).to(DT)
+        if DT == tl.float16:
+            value = (sign | magnitude).to(tl.int16).to(DT, bitcast=True).to(tl.float32)
+        else:  # as the upper half of an fp32: the interpreter misreads bf16 below 2^-126
+            value = ((sign | magnitude) << 16).to(tl.float32, bitcast=True)
+        value = (value * (2.0 ** (bias - ((1 << EXPONENT) - 1)))).to(DT)
     else:
         value = (code - (1 << (BITS - 1))).to(tl.float32).to(DT)
     return value

@@ -16,6 +16,7 @@ from kbit_kernels.triton.configs import (
     as_entry,
     bucket,
     entry_key,
+    fits,
     gpu_class,
     heuristic,
     most_rows,
@@ -78,6 +79,7 @@ def tune(
         weights += [random_weight(spec, (n, k)) for _ in range(copies(first.nbytes) - 1)]
         x = torch.randn((m, k), dtype=torch.float16, device="cuda")
         configs = candidates(m, n, k, gpu, sms, most_rows(spec))
+        configs = [config for config in configs if fits(config, spec)]
 
         def timed(
             config: Config, x: torch.Tensor = x, weights: list[DeviceTensor] = weights

@@ -31,6 +31,7 @@ SOME = [
     ("sm_90", "nf4-b64", 1),
     ("sm_90", "nf7-b64", 1),
     ("sm_90", "int4-b64", 64),
+    ("sm_90", "nf4-b64", 64),
     ("sm_100", "fp6e3-b32", 1),
     ("sm_100", "int4-row", 27),
     ("sm_120", "int5-b128", 1),
@@ -40,8 +41,9 @@ SOME = [
 ALL_SPECS = [f"{name}{k}-b64" for k in WIDTHS for name in ("int", "uint", "fp", "nf")]
 
 
-def config_of(chip: str, rows: int) -> Config:
-    return configs.heuristic(rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip])
+def config_of(chip: str, spec: str, rows: int) -> Config:
+    most = configs.most_rows(QuantSpec.parse(spec))
+    return configs.heuristic(rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip], most)
 
 
 def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.Binary:
@@ -51,6 +53,9 @@ def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.
     assert binary.tensor_core > 0, binary
     assert binary.wide_loads >= spec.bits * config.bands if chip in compiled.NVIDIA else 1, binary
     assert binary.narrow_loads == 0, binary
+    # Triton asks for more than 48 KB only if its own part is more; 1 KB is the system's
+    own = binary.launch_bytes - binary.shared_bytes
+    assert own > 48 << 10 or binary.launch_bytes <= 49 << 10, binary
     return binary
 
 
@@ -66,7 +71,7 @@ def check_loop(chip: str, text: str, binary: compiled.Binary, config: Config) ->
 
 @pytest.mark.parametrize(("chip", "spec", "rows"), SOME)
 def test_some_configurations(chip: str, spec: str, rows: int) -> None:
-    config = config_of(chip, rows)
+    config = config_of(chip, spec, rows)
     binary = check(chip, spec, config)
     if chip in compiled.NVIDIA:
         check_loop(chip, spec, binary, config)
@@ -87,11 +92,7 @@ def test_dequantize(chip: str) -> None:
 @pytest.mark.parametrize("spec", ALL_SPECS)
 @pytest.mark.parametrize("chip", compiled.CHIPS)
 def test_every_shipped_configuration(chip: str, spec: str, half: str) -> None:
-    fitting = [
-        c
-        for c in configs.shipped_configs(chip)
-        if c.rows_x <= configs.most_rows(QuantSpec.parse(spec))
-    ]
+    fitting = [c for c in configs.shipped_configs(chip) if configs.fits(c, QuantSpec.parse(spec))]
     for config in sorted(fitting, key=str):
         binary = check(chip, spec, config, half)
         if chip in compiled.NVIDIA:
@@ -101,7 +102,7 @@ def test_every_shipped_configuration(chip: str, spec: str, half: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("spec", ALL_SPECS)
 def test_goals(spec: str) -> None:
-    config = config_of("sm_90", 1)
+    config = config_of("sm_90", spec, 1)
     binary = check("sm_90", spec, config)
     goal = GOALS[QuantSpec.parse(spec).bits] + (0.0 if spec.startswith("int") else 1.0)
     assert compiled.instructions_per_weight(binary, config) <= goal

@@ -56,6 +56,25 @@ def test_tuning_goes_before_the_rule(cache: Path) -> None:
     assert configs.choose_for(SPEC, 1, 8192, 8192, "sm_80", 108)[1] == "rule"
 
 
+def test_a_tuned_entry_that_a_table_has_no_room_for(cache: Path) -> None:
+    big = Config(32, 2, 4, 2, 2)
+    key = configs.entry_key(SPEC, 32, 8192, 8192)
+    configs.write(cache, "sm_90", {key: configs.as_entry(big, "tuned")})
+    assert configs.choose_for(SPEC, 32, 8192, 8192, *ARGUMENTS) == (big, "tuned")
+    assert configs.choose_for(QuantSpec("nf", 4), 32, 8192, 8192, *ARGUMENTS)[1] == "rule"
+
+
+@pytest.mark.parametrize("gpu", configs.SHIPPED_CLASSES)
+def test_the_rule_fits_in_shared_memory(gpu: str) -> None:
+    sms = configs.SHIPPED_CLASSES[gpu]
+    for bits in range(2, 9):
+        for spec in (QuantSpec("nf", bits), QuantSpec("int", bits)):
+            for n, k in configs.SHIPPED_SHAPES:
+                for rows in configs.ROW_BUCKETS:
+                    most = configs.most_rows(spec)
+                    assert configs.fits(configs.heuristic(rows, n, k, gpu, sms, most), spec)
+
+
 def test_a_second_search_keeps_the_first(cache: Path) -> None:
     entry = configs.as_entry(Config(8, 1, 1, 4, 1), "tuned")
     configs.write(cache, "sm_90", {"k4-m8-1x32": entry})

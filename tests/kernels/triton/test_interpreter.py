@@ -67,6 +67,12 @@ def test_every_type_and_width(interpreted: Run, width: int, name: str) -> None:
     check(interpreted, f"{name}-{block}", ptx=False, dtype=dtype, n=24, k=288)
 
 
+@pytest.mark.parametrize("name", ["fp5", "fp6e2", "fp7", "fp8e4"])
+def test_small_floats_in_bf16(interpreted: Run, name: str) -> None:
+    # their smallest magnitudes pass through subnormal bit patterns
+    check(interpreted, f"{name}-b64", ptx=False, dtype="bfloat16", n=16, k=256)
+
+
 @pytest.mark.parametrize(("width", "name"), DECODED_APART)
 def test_ptx(interpreted: Run, width: int, name: str) -> None:
     at = DECODED_APART.index((width, name))
