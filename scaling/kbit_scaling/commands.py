@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,12 @@ def _paths(given: list[str] | None) -> dict[str, str]:
     return found
 
 
+def _terminated(number: int, unused: object) -> None:
+    """Ends as after an error, so that workers end too."""
+    print("kbit: ended by SIGTERM; the same command goes on", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def sweep(
     study: StudyArgument,
     path: Paths = None,
@@ -72,6 +79,7 @@ def sweep(
     ] = False,
 ) -> None:
     """Measure every cell of a study that is not recorded yet."""
+    signal.signal(signal.SIGTERM, _terminated)
     from kbit.errors import KbitError
 
     from . import records as files
@@ -102,7 +110,7 @@ def sweep(
     if planned.todo:
         chosen = get_executor(executor, workers, address)
         with _Bar(planned, failed) as bar:
-            run_sweep(planned.todo, store, settings, chosen, bar.on_record, stop_after)
+            run_sweep(planned.todo, store, settings, chosen, bar.on_record, stop_after, bar.on_wait)
             failed = bar.failed
             left = planned.cells - bar.done
         if left > 0:
@@ -160,6 +168,7 @@ class _Bar:
 
         self.failed = failed
         self.done = 0
+        self._waited = False
         self._total = plan.cells
         self._progress = Progress(
             TextColumn("cells"),
@@ -188,3 +197,10 @@ class _Bar:
         self._progress.update(self._task, advance=1, failed=self.failed, last=last)
         if not sys.stderr.isatty() and self.done % 50 == 0:
             print(f"{self.done}/{self._total} cells, {self.failed} failed", file=sys.stderr)
+
+    def on_wait(self, cells: int) -> None:
+        if not self._waited:
+            self._progress.console.print(
+                f"waiting for another sweep of these records; it is at the cells left: {cells}"
+            )
+        self._waited = True

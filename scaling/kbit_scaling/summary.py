@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +20,7 @@ from .frame import UNQUANTIZED, Frame, Target, frame, group_order, text_metrics
 from .laws import KbitLaw, get_laws
 from .records import Record
 from .weights import NONE
+from .workers import process_pool
 
 PREFERRED = ("nf-b64", "int-b64")
 MOST_CELLS = 0.9
@@ -314,7 +313,7 @@ def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[
         return [compare() for compare in comparisons]
     # The matrices are tiny: threads of linear algebra would only fight for the cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         return [pending.result() for pending in [pool.submit(c) for c in comparisons]]
 
 
