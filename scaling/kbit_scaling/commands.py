@@ -80,6 +80,8 @@ def sweep(
 ) -> None:
     """Measure every cell of a study that is not recorded yet."""
     signal.signal(signal.SIGTERM, _terminated)
+    from collections import Counter
+
     from kbit.errors import KbitError
 
     from . import records as files
@@ -115,23 +117,21 @@ def sweep(
             left = planned.cells - bar.done
         if left > 0:
             print(f"{left} cells are left; the same command goes on with them", file=sys.stderr)
-    ok = sum(record.status == "ok" for record in store)
-    print(f"{ok} cells recorded in {store.path}, {failed} failed")
-    for reason, count in _reasons(store):
+    ours = [record for record in store if record.cell in planned.wanted]
+    reasons = Counter(record.error or "" for record in ours if record.status == "failed")
+    print(f"{len(ours) - reasons.total()} cells recorded in {store.path}, {reasons.total()} failed")
+    for reason, count in reasons.most_common(5):
         print(f"  failed {count} x: {reason}", file=sys.stderr)
-    if not ok:
-        raise KbitError(f"all cells failed; the reasons stand in {store.path}")
+    if ours and reasons.total() == len(ours):
+        raise KbitError(
+            f"all cells failed, for the reasons above (they stand in {store.path} too); mend them "
+            "and run the same command with --retry-failed"
+        )
     if pack:
         models = {model.name for model in read.models}
         # Cells that the study no longer has go; those of a model that is not here now stay.
         files.pack(store, packed, lambda r: r.cell in planned.wanted or r.model not in models)
         print(packed)
-
-
-def _reasons(store: Store) -> list[tuple[str, int]]:
-    from collections import Counter
-
-    return Counter(r.error or "" for r in store if r.status == "failed").most_common(5)
 
 
 def _announce(study: Study, store: Store, plan: Plan, settings: Settings) -> None:
@@ -147,9 +147,12 @@ def _announce(study: Study, store: Store, plan: Plan, settings: Settings) -> Non
     if store.damaged:
         lines = ", ".join(map(str, store.damaged[:5]))
         say(f"  {store.path}: line {lines} is damaged (a crash?); its cells run again")
+    if store.torn:
+        say(f"  {store.path} ends in half a record (a crash?); its cell runs again")
     if plan.reference_bytes:
-        used = min(plan.reference_bytes, settings.cache_bytes) / 1e9
-        say(f"  reference logits: at most {used:.1f} GB in {settings.cache}")
+        used = min(plan.reference_bytes, settings.cache_bytes)
+        size = f"{used / 1e9:.1f} GB" if used >= 1e9 else f"{used / 1e6:.0f} MB"
+        say(f"  reference logits: at most {size} in {settings.cache}")
 
 
 class _Bar:

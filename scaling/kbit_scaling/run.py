@@ -109,7 +109,17 @@ def identity(
 
 
 def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan:
-    """The cells that the store lacks. A model that cannot be opened gives failed records."""
+    """The cells that the store lacks. A model that cannot be opened gives failed records; a text or
+    task that cannot be read is a KbitError, as it concerns every model."""
+    from .tasks import items_digest
+
+    used = {metric for job in study.jobs for metric in job.metrics}
+    for each in study.texts:
+        if each.name in used:
+            each.check()
+    for task in study.tasks:
+        if task.metric in used:
+            items_digest(task)
     todo: list[Planned] = []
     failures: list[Record] = []
     total = done = old_failures = reference_bytes = 0

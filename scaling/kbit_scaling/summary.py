@@ -262,6 +262,8 @@ def summarize(
     processes: that fit laws side by side."""
     everything = list(records)
     ok = [r for r in everything if r.status == "ok"]
+    if not everything:
+        raise KbitError("the store holds no records yet; run `kbit sweep` first")
     if not ok:
         reasons = Counter(r.error or "" for r in everything).most_common(1)
         most = f"; the commonest reason: {reasons[0][0]}" if reasons else ""
@@ -294,7 +296,13 @@ def summarize(
             ]
         best[metric] = best_widths(panel, main)
         worths[metric] = _worths(panel, max(20, replicates))
-    failed = Counter(f"{r.model}, {r.spec}: {r.error}" for r in everything if r.status == "failed")
+    # A model or text that was mended gives other cells: their success takes the failure's place.
+    done = {_asked(r) for r in ok}
+    failed = Counter(
+        f"{r.model}, {r.spec}, {r.metric}: {r.error}"
+        for r in everything
+        if r.status == "failed" and _asked(r) not in done
+    )
     return Summary(
         frames,
         panels,
@@ -306,6 +314,11 @@ def summarize(
         tuple(_task_scores(ok)),
         tuple(failed.most_common()),
     )
+
+
+def _asked(r: Record) -> tuple[object, ...]:
+    """What a study file asks for with this record."""
+    return r.model, r.spec, r.method, r.search, r.embedding, r.metric
 
 
 def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[LawStudy]:

@@ -73,7 +73,9 @@ def records(noise: float = 0.0) -> list[Record]:
                     ),
                 )
             )
-    failed = out[3].model_copy(update={"cell": "x", "status": "failed", "error": "out of memory"})
+    lost = {"status": "failed", "error": "out of memory"}
+    failed = out[3].model_copy(update={"cell": "x", "search": True, **lost})
+    mended = out[3].model_copy(update={"cell": "y", **lost})  # measured since, as another cell
     tasks = [
         r.model_copy(
             update={
@@ -87,7 +89,7 @@ def records(noise: float = 0.0) -> list[Record]:
         )
         for r in out[:2]
     ]
-    return [*out, failed, *tasks]
+    return [*out, failed, mended, *tasks]
 
 
 @pytest.fixture(scope="module")
