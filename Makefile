@@ -77,7 +77,7 @@ study: $(VENV)/test  ## from plain texts (TEXTS=...) to a family, a sweep, laws 
 
 BOOKS := scaling/studies/books
 books: $(VENV)/test  ## the committed study again, from the texts and models in SHARED=...
-	$(BIN)/kbit family train --preset books --sizes s0,s1,s2 --tokens 8388608 \
+	$(BIN)/kbit family train --preset books --sizes s0,s1,s2 --tokens 8388608 --workers 2 \
 	    --out build/family-long --tokenizer $(SHARED)/models/books-s0/tokenizer.json \
 	    $(addprefix --text ,$(TEXTS))
 	$(BIN)/kbit sweep $(BOOKS)/study.toml --path shared=$(SHARED) --pack

@@ -184,6 +184,7 @@ def _predicted(
                     np.array([0]),
                     fitted.groups,
                     (r.model,),
+                    (),
                     fitted.n_unit,
                     fitted.d_unit,
                 )

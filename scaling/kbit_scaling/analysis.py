@@ -21,6 +21,7 @@ from .laws import KBIT_LAWS, KbitLaw, Points
 
 Array = NDArray[Any]
 MIN_MODELS = 3
+MOST_DRAWS = 200  # until one has all it needs
 
 
 @dataclass(frozen=True)
@@ -172,28 +173,50 @@ def held_out_errors(predicted: Array, unseen: Points) -> tuple[float, float]:
 
 
 class Resampler:
-    """Draws documents and models with replacement; at least `MIN_MODELS` different ones (or all, if
-    there are fewer), since a law in N needs them."""
+    """Draws documents and models with replacement."""
 
     def __init__(self, frame: Frame, target: Target) -> None:
         self._frame, self._target = frame, target
-        self._points = frame.points(target)
 
     def __call__(self, rng: np.random.Generator) -> Points:
         documents = self._frame.tokens.shape[1]
         weights = rng.multinomial(documents, np.full(documents, 1 / documents)).astype(float)
         points = self._frame.points(self._target, weights)
-        count = len(points.models)
-        while True:
-            drawn = rng.integers(count, size=count)
-            if len(set(drawn.tolist())) >= min(MIN_MODELS, count):
-                break
-        # every cell of the tables has to stay filled: all models have the same grid in a sweep,
-        # and where they have not, the draw is repeated
-        rows = np.concatenate([np.flatnonzero(points.model == m) for m in drawn])
-        if _cells(points.select(rows)) != _cells(self._points):
-            return points
-        return points.select(rows)
+        return points.select(rows_of(points, draw_models(points, rng)))
+
+
+def draw_models(points: Points, rng: np.random.Generator) -> list[str]:
+    """The models of training runs drawn with replacement: checkpoints of one run are no independent
+    models, so they are drawn together.
+
+    A draw is repeated if a law could not be fitted to it: with fewer sizes than `MIN_MODELS` (or
+    all, if there are fewer), no difference in tokens where there is one, or an empty cell of a
+    law's table.
+    """
+    runs = points.runs or points.models
+    names = tuple(dict.fromkeys(runs))
+    members = {name: [m for m, run in zip(points.models, runs, strict=True) if run == name]
+               for name in names}  # fmt: skip
+    for _ in range(MOST_DRAWS):
+        drawn = [m for i in rng.integers(len(names), size=len(names)) for m in members[names[i]]]
+        if _enough(points.select(rows_of(points, drawn)), points):
+            break
+    return drawn
+
+
+def rows_of(points: Points, models: Sequence[str]) -> Array:
+    """Indices of the observations of these models, as often as they are named."""
+    known = [points.models.index(m) for m in models if m in points.models]
+    return np.concatenate([np.flatnonzero(points.model == m) for m in known])
+
+
+def _enough(drawn: Points, points: Points) -> bool:
+    sizes, tokens = (len(np.unique(a)) for a in (drawn.params, drawn.tokens))
+    return (
+        sizes >= min(MIN_MODELS, len(np.unique(points.params)))
+        and tokens >= min(2, len(np.unique(points.tokens)))
+        and _cells(drawn) == _cells(points)
+    )
 
 
 def _cells(points: Points) -> set[tuple[float, int]]:

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .analysis import MIN_MODELS, LawStudy
+from .analysis import LawStudy, draw_models, rows_of
 from .fit import Fit, bootstrap
 from .laws import Points
 
@@ -111,7 +111,7 @@ def _losses(base: Fit, law: Fit, like: Points, sizes: Array, widths: Array, toke
     n = len(sizes)
     points = Points(
         sizes, np.full(n, tokens), widths.astype(float), np.zeros(n, np.int64), np.ones(n),
-        np.zeros(n), np.zeros(n, np.int64), like.groups, ("",), like.n_unit, like.d_unit,
+        np.zeros(n), np.zeros(n, np.int64), like.groups, ("",), (), like.n_unit, like.d_unit,
     )  # fmt: skip
     return law.predict(replace(points, base=base.predict(points)))
 
@@ -122,16 +122,12 @@ def _draws(
     """Both curves refitted to the same models, drawn with replacement."""
 
     def drawn(of: Points, models: Sequence[str], unused: np.random.Generator) -> Points:
-        rows = [np.flatnonzero(of.model == of.models.index(m)) for m in models if m in of.models]
-        return of.select(np.concatenate(rows))
+        return of.select(rows_of(of, models))
 
     rng = np.random.default_rng(seed)
-    names = points.models
     found: list[tuple[Fit, Fit]] = []
-    while len(found) < replicates:
-        models = [names[i] for i in rng.integers(len(names), size=len(names))]
-        if len(set(models)) < min(MIN_MODELS, len(names)):
-            continue
+    for _ in range(replicates):
+        models = draw_models(points, rng)
         refit = []
         for fit, of in ((base, unquantized), (law, points)):
             theta = bootstrap(fit, partial(drawn, of, models), replicates=1)[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,6 +43,12 @@ def _paths(given: list[str] | None) -> dict[str, str]:
     return found
 
 
+def _terminated(number: int, unused: object) -> None:
+    """Ends as after an error, so that workers end too."""
+    print("kbit: ended by SIGTERM; the same command goes on", file=sys.stderr)
+    raise SystemExit(128 + number)
+
+
 def sweep(
     study: StudyArgument,
     path: Paths = None,
@@ -72,6 +79,9 @@ def sweep(
     ] = False,
 ) -> None:
     """Measure every cell of a study that is not recorded yet."""
+    signal.signal(signal.SIGTERM, _terminated)
+    from collections import Counter
+
     from kbit.errors import KbitError
 
     from . import records as files
@@ -102,28 +112,26 @@ def sweep(
     if planned.todo:
         chosen = get_executor(executor, workers, address)
         with _Bar(planned, failed) as bar:
-            run_sweep(planned.todo, store, settings, chosen, bar.on_record, stop_after)
+            run_sweep(planned.todo, store, settings, chosen, bar.on_record, stop_after, bar.on_wait)
             failed = bar.failed
             left = planned.cells - bar.done
         if left > 0:
             print(f"{left} cells are left; the same command goes on with them", file=sys.stderr)
-    ok = sum(record.status == "ok" for record in store)
-    print(f"{ok} cells recorded in {store.path}, {failed} failed")
-    for reason, count in _reasons(store):
+    ours = [record for record in store if record.cell in planned.wanted]
+    reasons = Counter(record.error or "" for record in ours if record.status == "failed")
+    print(f"{len(ours) - reasons.total()} cells recorded in {store.path}, {reasons.total()} failed")
+    for reason, count in reasons.most_common(5):
         print(f"  failed {count} x: {reason}", file=sys.stderr)
-    if not ok:
-        raise KbitError(f"all cells failed; the reasons stand in {store.path}")
+    if ours and reasons.total() == len(ours):
+        raise KbitError(
+            f"all cells failed, for the reasons above (they stand in {store.path} too); mend them "
+            "and run the same command with --retry-failed"
+        )
     if pack:
         models = {model.name for model in read.models}
         # Cells that the study no longer has go; those of a model that is not here now stay.
         files.pack(store, packed, lambda r: r.cell in planned.wanted or r.model not in models)
         print(packed)
-
-
-def _reasons(store: Store) -> list[tuple[str, int]]:
-    from collections import Counter
-
-    return Counter(r.error or "" for r in store if r.status == "failed").most_common(5)
 
 
 def _announce(study: Study, store: Store, plan: Plan, settings: Settings) -> None:
@@ -139,9 +147,12 @@ def _announce(study: Study, store: Store, plan: Plan, settings: Settings) -> Non
     if store.damaged:
         lines = ", ".join(map(str, store.damaged[:5]))
         say(f"  {store.path}: line {lines} is damaged (a crash?); its cells run again")
+    if store.torn:
+        say(f"  {store.path} ends in half a record (a crash?); its cell runs again")
     if plan.reference_bytes:
-        used = min(plan.reference_bytes, settings.cache_bytes) / 1e9
-        say(f"  reference logits: at most {used:.1f} GB in {settings.cache}")
+        used = min(plan.reference_bytes, settings.cache_bytes)
+        size = f"{used / 1e9:.1f} GB" if used >= 1e9 else f"{used / 1e6:.0f} MB"
+        say(f"  reference logits: at most {size} in {settings.cache}")
 
 
 class _Bar:
@@ -160,6 +171,7 @@ class _Bar:
 
         self.failed = failed
         self.done = 0
+        self._waited = False
         self._total = plan.cells
         self._progress = Progress(
             TextColumn("cells"),
@@ -188,3 +200,10 @@ class _Bar:
         self._progress.update(self._task, advance=1, failed=self.failed, last=last)
         if not sys.stderr.isatty() and self.done % 50 == 0:
             print(f"{self.done}/{self._total} cells, {self.failed} failed", file=sys.stderr)
+
+    def on_wait(self, cells: int) -> None:
+        if not self._waited:
+            self._progress.console.print(
+                f"waiting for another sweep of these records; it is at the cells left: {cells}"
+            )
+        self._waited = True

@@ -6,12 +6,9 @@ all, and then yields records of failure that say so.
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from itertools import islice
 from typing import Any
@@ -19,7 +16,8 @@ from typing import Any
 from kbit.errors import KbitError
 
 from .records import Record
-from .run import Planned, Settings, SweepExecutor, _record, compute
+from .run import Planned, Results, Settings, SweepExecutor, _record, compute
+from .workers import process_pool
 
 ATTEMPTS = 3
 
@@ -54,21 +52,9 @@ class _Queue:
 class Inline:
     """One job after the other, in this process."""
 
-    def run(self, jobs: Iterable[Planned], settings: Settings) -> Iterator[list[Record]]:
+    def run(self, jobs: Iterable[Planned], settings: Settings) -> Results:
         for planned in jobs:
             yield compute(planned, settings)
-
-
-def _end_with_parent() -> None:
-    """Ends a worker whose sweep was killed; it would work off its queue for nobody."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-
-        def watch() -> None:
-            parent.join()
-            os._exit(1)
-
-        threading.Thread(target=watch, daemon=True).start()
 
 
 class Pool:
@@ -79,23 +65,22 @@ class Pool:
             raise KbitError(f"a pool of {workers} workers; use --workers 1 or more")
         self.workers = workers
 
-    def run(self, jobs: Iterable[Planned], settings: Settings) -> Iterator[list[Record]]:
+    def run(self, jobs: Iterable[Planned], settings: Settings) -> Results:
         todo = _Queue(jobs)
-        context = multiprocessing.get_context("spawn")  # torch's threads do not survive a fork
         while todo:
             running: dict[Future[list[Record]], tuple[Planned, int]] = {}
-            pool = ProcessPoolExecutor(self.workers, context, _end_with_parent)
             try:
-                while todo or running:
-                    # a short queue keeps neighbours (the same model) running side by side
-                    while todo and len(running) < 2 * self.workers:
-                        planned, attempt = todo.popleft()
-                        running[pool.submit(compute, planned, settings)] = planned, attempt
-                    done, _ = wait(running, return_when=FIRST_COMPLETED)
-                    for future in done:
-                        records = future.result()
-                        del running[future]
-                        yield records
+                with process_pool(self.workers) as pool:
+                    while todo or running:
+                        # a short queue keeps neighbours (the same model) running side by side
+                        while todo and len(running) < 2 * self.workers:
+                            planned, attempt = todo.popleft()
+                            running[pool.submit(compute, planned, settings)] = planned, attempt
+                        done, _ = wait(running, return_when=FIRST_COMPLETED)
+                        for future in done:
+                            records = future.result()
+                            del running[future]
+                            yield records
             except BrokenProcessPool as error:
                 # Nobody knows whose worker it was: all that were out count an attempt.
                 for planned, attempt in running.values():
@@ -103,8 +88,6 @@ class Pool:
                         todo.append((planned, attempt + 1))
                     else:
                         yield _died(planned, str(error))
-            finally:
-                pool.shutdown(wait=False, cancel_futures=True)
 
 
 class Ray:
@@ -131,7 +114,7 @@ class Ray:
             except (ConnectionError, ValueError, RuntimeError) as error:
                 raise KbitError(f"no Ray cluster at {address!r} ({error})") from None
 
-    def run(self, jobs: Iterable[Planned], settings: Settings) -> Iterator[list[Record]]:
+    def run(self, jobs: Iterable[Planned], settings: Settings) -> Results:
         ray = self._ray
         # Ray's own retries are off: a job counts its attempts here, so that it ends as a record.
         remote = ray.remote(num_cpus=settings.threads, max_retries=0)(compute)

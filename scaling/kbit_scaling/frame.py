@@ -147,7 +147,8 @@ class Frame:
     def points(self, target: Target = "loss", weights: Array | None = None) -> Points:
         """The rows as a table for the laws. N: non-embedding parameters in millions, D: tokens in
         millions (their units are part of the fitted constants)."""
-        models = tuple(dict.fromkeys(r.model for r in self.records))
+        runs = {r.model: f"{r.family} {r.non_embedding}" for r in self.records}
+        models = tuple(runs)
         groups = tuple(dict.fromkeys(self.groups))
         tokens = np.array([r.training_tokens or np.nan for r in self.records], dtype=float)
         if target == "loss":
@@ -165,6 +166,7 @@ class Frame:
             model=np.array([models.index(r.model) for r in self.records], dtype=np.int64),
             groups=groups,
             models=models,
+            runs=tuple(runs.values()),
             n_unit=1e6,
             d_unit=1e6,
         )

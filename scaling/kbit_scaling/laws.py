@@ -49,7 +49,8 @@ class Points:
 
     params, tokens [n] float: N and D. bits [n] float: k. group [n] int: index into `groups`.
     loss [n] > 0. base [n] >= 0: loss of the unquantized model, 0 if `loss` is a divergence.
-    model [n] int: index into `models`, the cluster that a bootstrap over models draws.
+    model [n] int: index into `models`. runs: the training run of each of `models` (its own if
+    empty), which is what a bootstrap over models draws.
     """
 
     params: Array
@@ -61,6 +62,7 @@ class Points:
     model: Index
     groups: tuple[str, ...] = ("all",)
     models: tuple[str, ...] = ()
+    runs: tuple[str, ...] = ()
     n_unit: float = 1.0
     d_unit: float = 1.0
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kbit.errors import KbitError
 
-from .analysis import MIN_MODELS, LawStudy, study_laws
+from .analysis import LawStudy, draw_models, rows_of, study_laws
 from .laws import KbitLaw, Points
 
 COLUMNS = ("family", "model", "params", "method", "bits")
@@ -33,13 +33,7 @@ class Grid:
 
     def resample(self, rng: np.random.Generator) -> Points:
         """The quantized points of models drawn with replacement."""
-        count = len(self.quantized.models)
-        while True:
-            drawn = rng.integers(count, size=count)
-            if len(set(drawn.tolist())) >= min(MIN_MODELS, count):
-                break
-        rows = [np.flatnonzero(self.quantized.model == m) for m in drawn]
-        return self.quantized.select(np.concatenate(rows))
+        return self.quantized.select(rows_of(self.quantized, draw_models(self.quantized, rng)))
 
 
 def read_grid(path: Path) -> list[Grid]:

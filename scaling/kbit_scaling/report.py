@@ -226,8 +226,8 @@ def page(
         "the unquantized model, so differences are paired. Sizes are all bytes of the weights as "
         "stored: codes, scales, zero points, codebooks. Losses are bits per byte of text. Errors "
         "are standard errors over documents; the laws' intervals are 95% of a bootstrap over "
-        "documents and models. Laws predict the degradation beside the measured unquantized loss, "
-        "by Huber loss (1e-3) on log values; the largest model is held out to test them.</p>"
+        "documents and training runs. Laws predict the degradation beside the measured unquantized "
+        "loss, by Huber loss (1e-3) on log values; the largest model is held out to test them.</p>"
     )
     held = "".join(f"<li>{escape(line)}</li>" for line in best)
     return (

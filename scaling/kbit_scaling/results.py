@@ -113,6 +113,8 @@ def _store(source: Path, records: Path | None) -> Store:
     if store.damaged:
         lines = ", ".join(map(str, store.damaged[:5]))
         print(f"{path}: line {lines} is damaged and left out", file=sys.stderr)
+    if store.torn:
+        print(f"{path}: ends in half a record, which is left out", file=sys.stderr)
     return store
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,6 +20,7 @@ import kbit
 from kbit.errors import KbitError
 from kbit.evaluate.protocols import Window
 
+from .claims import Claims
 from .records import Items, Record, Store, identity_hash
 from .study import Job, Study, StudyModel, Task
 from .texts import Text
@@ -107,7 +109,17 @@ def identity(
 
 
 def plan(study: Study, store: Store, settings: Settings, *, retry: bool) -> Plan:
-    """The cells that the store lacks. A model that cannot be opened gives failed records."""
+    """The cells that the store lacks. A model that cannot be opened gives failed records; a text or
+    task that cannot be read is a KbitError, as it concerns every model."""
+    from .tasks import items_digest
+
+    used = {metric for job in study.jobs for metric in job.metrics}
+    for each in study.texts:
+        if each.name in used:
+            each.check()
+    for task in study.tasks:
+        if task.metric in used:
+            items_digest(task)
     todo: list[Planned] = []
     failures: list[Record] = []
     total = done = old_failures = reference_bytes = 0
@@ -294,11 +306,14 @@ def training_tokens(model: StudyModel) -> float | None:
         raise KbitError(f"{path}: has no number of training tokens ({error})") from None
 
 
+Results = Generator[list[Record], None, None]
+
+
 class SweepExecutor(Protocol):
     """Where jobs run. Yields the records of each job as it ends, in any order; a job whose worker
     died is run again elsewhere, and after a few deaths yields failures."""
 
-    def run(self, jobs: Iterable[Planned], settings: Settings) -> Iterator[list[Record]]: ...
+    def run(self, jobs: Iterable[Planned], settings: Settings) -> Results: ...
 
 
 def sweep(
@@ -308,25 +323,62 @@ def sweep(
     executor: SweepExecutor,
     on_record: Callable[[Record, bool], None] = lambda record, new: None,
     stop_after_s: float | None = None,
+    on_wait: Callable[[int], None] = lambda cells: None,
 ) -> int:
-    """Runs the jobs and appends their records; returns how many were new. on_record gets each
-    record and whether it was new (another sweep may have been first). stop_after_s: start no job
-    after so many seconds."""
+    """Runs the jobs and appends their records; returns how many were new.
+
+    Jobs that another sweep of this store is at are left to it and looked at again in the end: what
+    it did not finish is done here. on_record gets each record and whether it was new here.
+    stop_after_s: start no job after so many seconds. on_wait gets the number of cells that the
+    other sweep still has, before waiting for it.
+    """
     count = 0
     deadline = time.monotonic() + stop_after_s if stop_after_s is not None else float("inf")
+    failed_before = {record.cell for record in store if record.status == "failed"}
 
-    def wanted() -> Iterator[Planned]:
-        for planned in jobs:
+    def open_cells(planned: Planned) -> list[str]:
+        store.refresh()
+        found = {cell: store.get(cell) for cell in planned.cells.values()}
+        return [
+            cell
+            for cell, record in found.items()
+            if record is None or (record.status == "failed" and cell in failed_before)
+        ]
+
+    def mine(waiting: Sequence[Planned], taken: list[Planned]) -> Iterator[Planned]:
+        for planned in waiting:
             if time.monotonic() > deadline:
                 return
-            store.refresh()
-            found = [store.get(cell) for cell in planned.cells.values()]
-            if any(record is None or record.status == "failed" for record in found):
-                yield planned
+            claimed = open_cells(planned)
+            if not claims.take(claimed):
+                taken.append(planned)
+                continue
+            cells = open_cells(planned)  # another sweep may have been done just before the claim
+            claims.drop(set(claimed) - set(cells))
+            rest = {m: planned.identities[m] for m, cell in planned.cells.items() if cell in cells}
+            for cell in planned.cells.values():
+                if cell not in cells and (record := store.get(cell)) is not None:
+                    on_record(record, False)
+            if rest:
+                yield Planned(planned.job, rest)
 
-    for records in executor.run(wanted(), settings):
-        for record in records:
-            new = store.add(record)
-            count += new
-            on_record(record, new)
+    with Claims(store.path) as claims:
+        waiting: Sequence[Planned] = jobs
+        while waiting:
+            taken: list[Planned] = []
+            # closing: what runs elsewhere ends with this loop, not when the garbage is collected
+            with closing(executor.run(mine(waiting, taken), settings)) as results:
+                for records in results:
+                    for record in records:
+                        new = store.add(record)
+                        count += new
+                        on_record(record, new)
+                    claims.drop(record.cell for record in records)
+            waiting = taken
+            if not taken or time.monotonic() > deadline:
+                break
+            if left := sum(len(open_cells(planned)) for planned in taken):
+                on_wait(left)
+            if cells := open_cells(taken[0]):
+                claims.wait(cells[0])
     return count

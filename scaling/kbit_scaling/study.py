@@ -48,6 +48,8 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from kbit.errors import KbitError
+from kbit.quantize.methods import get_method
+from kbit.quantize.recipe import KEEP
 from kbit_kernels.formats import DATA_TYPES
 from kbit_kernels.spec import QuantSpec
 
@@ -102,7 +104,11 @@ class GridTable(_Table):
     metrics: list[str] = []
 
     def treatments(self) -> tuple[list[Treatment], int]:
-        """All combinations that exist, and how many do not."""
+        """All combinations that exist, and how many do not. KbitError for what no study has."""
+        get_method(self.method)
+        for embedding in self.embedding:
+            if embedding not in ("same", KEEP):
+                QuantSpec.parse(embedding)
         found, left_out = [], 0
         for dtype in self.dtypes:
             if dtype not in DATA_TYPES:
@@ -124,7 +130,19 @@ class GridTable(_Table):
                             for search in self.search
                             for embedding in self.embedding
                         ]
+        if not found:
+            axes = ("dtypes", "bits", "blocks", "search", "embedding", "options")
+            empty = next((f"{axis} is empty" for axis in axes if not getattr(self, axis)), None)
+            raise KbitError(empty or "no data type of it has such a width or block")
         return found, left_out
+
+
+_TABLES: dict[str, type[_Table]] = {
+    "models": ModelTable,
+    "texts": TextTable,
+    "tasks": TaskTable,
+    "grid": GridTable,
+}
 
 
 class StudyTable(_Table):
@@ -212,6 +230,9 @@ def read_study(path: Path, paths: dict[str, str] | None = None) -> Study:
     except ValidationError as error:
         raise KbitError(f"{path}: {_first(error)}") from None
     folder = path.resolve().parent
+    if unknown := set(paths or {}) - set(table.paths):
+        known = ", ".join(table.paths) or "none"
+        raise KbitError(f"{path}: [paths] has no name {min(unknown)!r} for --path; known: {known}")
     named = {**table.paths, **(paths or {})}
     overridden = set(paths or {})
 
@@ -224,7 +245,10 @@ def read_study(path: Path, paths: dict[str, str] | None = None) -> Study:
             raise KbitError(f"{path}: {text!r} uses a name that [paths] lacks; known: {known}")
         return folder / text
 
-    models, missing = _models(table, place)
+    try:
+        models, missing = _models(table, place)
+    except KbitError as error:
+        raise KbitError(f"{path}: {error}") from None
     if not models:
         raise KbitError(
             f"{path}: none of its models is there ({'; '.join(missing)}); give their folder with "
@@ -257,11 +281,19 @@ def read_study(path: Path, paths: dict[str, str] | None = None) -> Study:
 
 
 def _first(error: ValidationError) -> str:
+    """The first thing that is wrong, in the words of the file: `[[texts]] 2: ...`."""
     first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
+    loc, where = list(first["loc"]), ""
+    table: type[_Table] = StudyTable
+    if len(loc) > 1 and loc[0] in _TABLES and isinstance(loc[1], int):
+        table, where = _TABLES[str(loc[0])], f"[[{loc[0]}]] {loc[1] + 1}: "
+        loc = loc[2:]
+    key = ".".join(map(str, loc))
     if first["type"] == "extra_forbidden":
-        return f"unknown key {where!r}; see the head of kbit_scaling/study.py for the known ones"
-    return f"{where}: {first['msg']} (found {first['input']!r})"
+        return f"{where}unknown key {key!r}; the keys here are {', '.join(table.model_fields)}"
+    if first["type"] == "missing":
+        return f"{where}lacks {f'[[{key}]]' if key in _TABLES else repr(key)}"
+    return f"{where}{key}: {first['msg']} (found {first['input']!r})"
 
 
 def _models(
@@ -287,7 +319,9 @@ def _models(
             if name.startswith("tokens-"):  # of `kbit family train`
                 name = f"{entry.family}-{hit.parent.name}-{name.removeprefix('tokens-')}"
             if name in found:
-                raise KbitError(f"two models of the study are called {name!r}; rename a folder")
+                raise KbitError(
+                    f"two models are called {name!r}, {found[name].path} and {hit}; rename a folder"
+                )
             found[name] = StudyModel(hit, name, entry.family, entry.training_tokens)
     return tuple(found.values()), missing
 
@@ -309,12 +343,22 @@ def _with_jobs(study: Study, table: StudyTable, path: Path) -> Study:
             if metric not in study.metric_names:
                 known = ", ".join(study.metric_names)
                 raise KbitError(f"{path}: the grid asks for metric {metric!r}; known: {known}")
-        treatments, absent = grid.treatments()
-        for model in study.models:
-            if grid.families and model.family not in grid.families:
-                continue
-            if grid.models and not any(fnmatchcase(model.name, p) for p in grid.models):
-                continue
+        try:
+            treatments, absent = grid.treatments()
+        except KbitError as error:
+            raise KbitError(f"{path}: [[grid]] {number + 1}: {error}") from None
+        models = [
+            m
+            for m in study.models
+            if (not grid.families or m.family in grid.families)
+            and (not grid.models or any(fnmatchcase(m.name, p) for p in grid.models))
+        ]
+        if not models and not study.missing:
+            raise KbitError(
+                f"{path}: [[grid]] {number + 1}: asks for no model of the study; its models are "
+                f"{', '.join(m.name for m in study.models)}"
+            )
+        for model in models:
             left_out += absent
             metrics = grid.metrics or study.metric_names
             for treatment in (Treatment(NONE), *treatments):

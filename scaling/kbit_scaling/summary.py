@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +20,7 @@ from .frame import UNQUANTIZED, Frame, Target, frame, group_order, text_metrics
 from .laws import KbitLaw, get_laws
 from .records import Record
 from .weights import NONE
+from .workers import process_pool
 
 PREFERRED = ("nf-b64", "int-b64")
 MOST_CELLS = 0.9
@@ -263,6 +262,8 @@ def summarize(
     processes: that fit laws side by side."""
     everything = list(records)
     ok = [r for r in everything if r.status == "ok"]
+    if not everything:
+        raise KbitError("the store holds no records yet; run `kbit sweep` first")
     if not ok:
         reasons = Counter(r.error or "" for r in everything).most_common(1)
         most = f"; the commonest reason: {reasons[0][0]}" if reasons else ""
@@ -295,7 +296,13 @@ def summarize(
             ]
         best[metric] = best_widths(panel, main)
         worths[metric] = _worths(panel, max(20, replicates))
-    failed = Counter(f"{r.model}, {r.spec}: {r.error}" for r in everything if r.status == "failed")
+    # A model or text that was mended gives other cells: their success takes the failure's place.
+    done = {_asked(r) for r in ok}
+    failed = Counter(
+        f"{r.model}, {r.spec}, {r.metric}: {r.error}"
+        for r in everything
+        if r.status == "failed" and _asked(r) not in done
+    )
     return Summary(
         frames,
         panels,
@@ -309,12 +316,17 @@ def summarize(
     )
 
 
+def _asked(r: Record) -> tuple[object, ...]:
+    """What a study file asks for with this record."""
+    return r.model, r.spec, r.method, r.search, r.embedding, r.metric
+
+
 def _all(comparisons: Sequence[Callable[[], LawStudy]], processes: int) -> list[LawStudy]:
     if processes == 1:
         return [compare() for compare in comparisons]
     # The matrices are tiny: threads of linear algebra would only fight for the cores.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    with process_pool(processes) as pool:
         return [pending.result() for pending in [pool.submit(c) for c in comparisons]]
 
 

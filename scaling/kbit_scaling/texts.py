@@ -32,9 +32,16 @@ class Text:
             data = self.path.read_bytes()
         except OSError as error:
             raise KbitError(
-                f"{self.path}: the text {self.name!r} cannot be read ({error.strerror})"
+                f"{self.path}: the text {self.name!r} cannot be read ({error.strerror}); "
+                "mend its path in the study file, or say where it lies with --path NAME=DIR"
             ) from None
         return cut(data, self.cut_bytes or len(data), self.pieces)
+
+    def check(self) -> None:
+        """KbitError if no model can be scored on it."""
+        if not self.documents():
+            raise KbitError(f"{self.path}: the text {self.name!r} is empty")
+        self.resolved(1 << 20)
 
     def digest(self) -> str:
         """Hash of the documents."""
@@ -65,7 +72,7 @@ def cut(data: bytes, total: int, pieces: int) -> list[str]:
     """`pieces` documents of about total / pieces bytes, spread evenly over the data, moved to the
     next line end (if one is within a tenth of a piece) and never inside a character."""
     if not data:
-        raise KbitError("an evaluation text is empty")
+        return []
     total = min(total, len(data))
     pieces = max(1, min(pieces, total // 64 or 1))
     size, pitch = total // pieces, len(data) / pieces

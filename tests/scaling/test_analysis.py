@@ -10,7 +10,14 @@ import pytest
 from kbit.errors import KbitError
 from kbit_scaling import report
 from kbit_scaling.advise import advise, describe, describe_beyond, parse_memory
-from kbit_scaling.analysis import best_widths, compare_laws, pareto, worth_in_bits
+from kbit_scaling.analysis import (
+    best_widths,
+    compare_laws,
+    draw_models,
+    pareto,
+    rows_of,
+    worth_in_bits,
+)
 from kbit_scaling.beyond import beyond
 from kbit_scaling.frame import Frame, frame, group_of
 from kbit_scaling.laws import get_laws
@@ -66,7 +73,9 @@ def records(noise: float = 0.0) -> list[Record]:
                     ),
                 )
             )
-    failed = out[3].model_copy(update={"cell": "x", "status": "failed", "error": "out of memory"})
+    lost = {"status": "failed", "error": "out of memory"}
+    failed = out[3].model_copy(update={"cell": "x", "search": True, **lost})
+    mended = out[3].model_copy(update={"cell": "y", **lost})  # measured since, as another cell
     tasks = [
         r.model_copy(
             update={
@@ -80,7 +89,7 @@ def records(noise: float = 0.0) -> list[Record]:
         )
         for r in out[:2]
     ]
-    return [*out, failed, *tasks]
+    return [*out, failed, mended, *tasks]
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +114,30 @@ def test_paired_differences_lose_what_documents_share(known: Frame) -> None:
     assert stderr.min() > 1e-3
     np.testing.assert_allclose(known.divergence()[rows], 3 * delta[rows], rtol=1e-9)
     assert loss.shape == (55,)
+
+
+def test_checkpoints_of_a_run_are_drawn_together_and_every_table_stays_filled() -> None:
+    some = records()
+    later = [
+        r.model_copy(update={"cell": r.cell + "l", "model": r.model + "-later",
+                             "training_tokens": 2e9})
+        for r in some if r.documents is not None and r.model in ("m0", "m1")
+    ]  # fmt: skip
+    lone = [r for r in some if not (r.spec == "int6-b64" and r.model != "m4")]
+    both = frame([*lone, *later], "t")
+    points = both.select(both.quantized).points("divergence")
+    assert len(points.models) == 7
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        drawn = draw_models(points, rng)
+        for size in "01":
+            assert drawn.count(f"m{size}") == drawn.count(f"m{size}-later")
+        rows = points.select(rows_of(points, drawn))
+        assert len(set(rows.params)) >= 3
+        assert len(set(rows.tokens)) == 2
+        assert set(zip(rows.bits, rows.group, strict=True)) == set(
+            zip(points.bits, points.group, strict=True)
+        )
 
 
 def test_cells_without_their_unquantized_model_are_counted_and_left_out() -> None:

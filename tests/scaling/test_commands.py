@@ -1,6 +1,7 @@
 """The study's commands from end to end on the tiny family, and how they fail."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,40 @@ def test_a_task_is_one_more_metric(tiny: Tiny, tmp_path: Path) -> None:
 )
 def test_fit_without_records_says_what_to_do(arguments: tuple[str, ...], message: str) -> None:
     assert message in str(run(results.fit, *arguments).exception)
+
+
+def test_half_a_record_is_named_and_measured_again(swept: Path, tiny: Tiny, tmp_path: Path) -> None:
+    study = write(tmp_path, tiny, GRID)
+    whole = (swept.parent / "records.jsonl").read_bytes()
+    records = tmp_path / "records.jsonl"
+    records.write_bytes(whole[:-300])
+    fitted = run(results.fit, study, "--replicates", 0, "--laws", "offset")
+    assert "ends in half a record, which is left out" in fitted.stderr
+    done = run(commands.sweep, study, "--executor", "inline", "--cache", swept.parent / "cache")
+    assert "13 recorded, 1 to run" in done.stderr
+    assert "ends in half a record" in done.stderr
+    assert "14 cells recorded" in done.stdout
+    records.write_bytes(b"")
+    assert "no records yet" in str(run(results.fit, study).exception)
+
+
+def test_a_text_that_is_not_there_stops_the_sweep_before_it_records(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    study = write(tmp_path, tiny, GRID)
+    study.write_text(study.read_text().replace("text.txt", "nothing.txt"))
+    done = run(commands.sweep, study, "--cache", tmp_path / "cache")
+    assert "nothing.txt: the text 'words' cannot be read" in str(done.exception)
+    assert not (tmp_path / "records.jsonl").exists()
+
+
+def test_sigterm_says_so_and_gives_the_status_of_a_shell(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        commands._terminated(signal.SIGTERM, None)
+    assert ended.value.code == 143
+    assert "the same command goes on" in capsys.readouterr().err
 
 
 def test_bad_options_are_refused(swept: Path) -> None:

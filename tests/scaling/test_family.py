@@ -1,5 +1,6 @@
 """`kbit family train`: it learns, it resumes exactly, and what it writes others read."""
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import torch
 from kbit.errors import KbitError
 from kbit_scaling.family import data, model
 from kbit_scaling.family.presets import PRESETS, get_preset
-from kbit_scaling.family.train import Checkpoint, rate, train
+from kbit_scaling.family.train import Checkpoint, _Trainer, rate, train
 
 from .conftest import PRESET, Tiny, words
 
@@ -44,6 +45,34 @@ def test_an_interrupted_training_ends_in_the_same_weights(tiny: Tiny, tmp_path: 
     assert calls == 16
     assert weights(tmp_path / "parts") == weights(tmp_path / "whole")
     assert run(tmp_path / "parts", tiny) == []  # nothing left to do
+
+
+def test_sizes_side_by_side_end_in_the_same_weights(tiny: Tiny, tmp_path: Path) -> None:
+    torch.set_num_threads(1)
+    family = replace(SMALL, sizes=PRESET.sizes)
+    for workers in (1, 2):
+        assert train(family, [tiny.text], tmp_path / f"{workers}", workers=workers)
+    for size in ("s0", "s1"):
+        alone, beside = (tmp_path / w / size / "tokens-4096/model.safetensors" for w in "12")
+        assert alone.read_bytes() == beside.read_bytes()
+
+
+def test_an_error_in_one_size_ends_the_others_where_they_can_go_on(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both_run = threading.Barrier(2)
+    original = _Trainer.train_step
+
+    def step(self: _Trainer, window: np.ndarray, rate: float) -> float:
+        if self.step == 0:
+            both_run.wait(60)
+        return float("nan") if self.size.name == "s0" else original(self, window, rate)
+
+    monkeypatch.setattr(_Trainer, "train_step", step)
+    family = replace(SMALL, sizes=PRESET.sizes, tokens=1 << 20)
+    with pytest.raises(KbitError, match="the loss is nan"):
+        train(family, [tiny.text], tmp_path, workers=2)
+    assert (tmp_path / "s1" / "state.safetensors").exists()
 
 
 def test_another_seed_or_text_needs_another_folder(tiny: Tiny, tmp_path: Path) -> None:

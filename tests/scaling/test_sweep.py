@@ -3,8 +3,10 @@
 import multiprocessing
 import os
 import signal
+import threading
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,11 +15,13 @@ from kbit.engine.executor import load_executor
 from kbit.errors import KbitError
 from kbit.evaluate.score import compare_windows
 from kbit_scaling import run, weights
+from kbit_scaling.claims import Claims
 from kbit_scaling.executors import ATTEMPTS, Inline, Pool, get_executor
 from kbit_scaling.records import Record, Store
 from kbit_scaling.run import Planned, Settings, plan, sweep
 from kbit_scaling.study import read_study
 from kbit_scaling.weights import Source, Treatment
+from kbit_scaling.workers import process_pool
 
 from .conftest import Tiny
 from .test_study import GRID, write
@@ -120,6 +124,68 @@ def test_a_killed_sweep_goes_on_and_repeats_nothing(
     assert sweep(rest.todo, again, settings, Inline()) == 7
     assert store.path.read_bytes().startswith(before)
     assert len(store.path.read_text().splitlines()) == len(Store(store.path)) == 10
+
+
+def _claim(path: Path, cells: list[str], held: Any, go_on: Any) -> None:
+    claims = Claims(path)
+    assert claims.take(cells)
+    held.set()
+    go_on.wait(60)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_what_another_sweep_is_at_is_left_to_it_and_taken_over_when_it_dies(
+    setup: tuple[list[Planned], Store, Settings],
+) -> None:
+    jobs, store, settings = setup
+    context = multiprocessing.get_context("spawn")
+    held, go_on = context.Event(), context.Event()
+    theirs = list(jobs[0].cells.values())
+    process = context.Process(target=_claim, args=(store.path, theirs, held, go_on))
+    process.start()
+    assert held.wait(60)
+    order: list[str] = []
+    waited: list[int] = []
+
+    def on_wait(cells: int) -> None:
+        waited.append(cells)
+        go_on.set()
+
+    done = sweep(
+        jobs, store, settings, Inline(), lambda r, new: order.append(r.cell), on_wait=on_wait
+    )
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    assert done == 10
+    assert waited == [1]
+    assert order[-1] == theirs[0]
+    assert len(set(order)) == len(order) == 10
+
+
+def test_what_another_sweep_recorded_meanwhile_is_not_measured_again(
+    setup: tuple[list[Planned], Store, Settings],
+) -> None:
+    jobs, store, settings = setup
+    assert sweep(jobs[:3], Store(store.path), settings, Inline()) == 3
+    seen: list[bool] = []
+    assert sweep(jobs, store, settings, Inline(), lambda r, new: seen.append(new)) == 7
+    assert seen == [False] * 3 + [True] * 7
+
+
+def _stay(unused: int) -> None:
+    threading.Event().wait(60)
+
+
+def test_an_exception_ends_a_pool_in_the_middle_of_its_work() -> None:
+    block = process_pool(1)
+    pool = block.__enter__()
+    assert pool.submit(abs, -1).result() == 1  # it runs
+    [worker] = pool._processes.values()
+    pool.submit(_stay, 0)
+    interrupt = KeyboardInterrupt()
+    assert not block.__exit__(KeyboardInterrupt, interrupt, None)
+    worker.join(30)
+    assert worker.exitcode == -signal.SIGTERM
 
 
 def test_another_text_is_another_cell(

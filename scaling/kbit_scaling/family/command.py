@@ -45,6 +45,9 @@ def train(
     seed: Annotated[int, typer.Option(help="Of initial weights and order of data.")] = 0,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads.", show_default="all")] = None,
+    workers: Annotated[
+        int, typer.Option(help="Sizes trained side by side; they share the threads.", min=1)
+    ] = 1,
     stop_after: Annotated[
         float | None,
         typer.Option(help="Save and stop after so many seconds.", show_default="never"),
@@ -61,8 +64,7 @@ def train(
     chosen = get_preset(preset).with_sizes(tuple(name for name in sizes.split(",") if name))
     if tokens is not None:
         chosen = replace(chosen, tokens=tokens, first_tokens=min(chosen.first_tokens, tokens))
-    if threads is not None:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(max(1, (threads or torch.get_num_threads()) // workers))
     with _TrainingBar() as bar:
         done = run(
             chosen,
@@ -71,6 +73,7 @@ def train(
             tokenizer=tokenizer,
             seed=seed,
             device=device,
+            workers=workers,
             stop_after_s=stop_after,
             on_step=bar.on_step,
             on_checkpoint=lambda c: print(f"{c.path}: {c.loss:.4f} nats per token"),

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -205,14 +207,16 @@ def train(
     tokenizer: Path | None = None,
     seed: int = 0,
     device: str = "cpu",
+    workers: int = 1,
     stop_after_s: float | None = None,
     on_step: Callable[[Progress], None] = lambda progress: None,
     on_checkpoint: Callable[[Checkpoint], None] = lambda checkpoint: None,
 ) -> bool:
     """Trains every size of the preset that is not finished; True if all are.
 
-    tokenizer: an existing tokenizer.json instead of a new one. stop_after_s: save the state and
-    return False after so many seconds; the next call goes on where this one stopped.
+    tokenizer: an existing tokenizer.json instead of a new one. workers: sizes trained side by side,
+    each by torch's number of threads; the callbacks come from their threads. stop_after_s: save the
+    state and return False after so many seconds; the next call goes on where this one stopped.
     """
     data.check_texts(texts)
     out.mkdir(parents=True, exist_ok=True)
@@ -235,10 +239,13 @@ def train(
     deadline = time.monotonic() + stop_after_s if stop_after_s is not None else float("inf")
     milestones = preset.milestones()
     marks = tuple(mark // preset.tokens_per_step for mark in milestones)
-    for size in preset.sizes:
+    left = [s for s in preset.sizes if not (out / s.name / f"tokens-{milestones[-1]}").exists()]
+    if workers > 1:  # the one that takes longest first
+        left.sort(key=lambda size: size.non_embedding, reverse=True)
+    stop = threading.Event()
+
+    def one(size: Size) -> bool:
         folder = out / size.name
-        if (folder / f"tokens-{milestones[-1]}").exists():
-            continue
         folder.mkdir(exist_ok=True)
         trainer = _Trainer(size, preset, folder, seed, device)
         trainer.resume()
@@ -259,10 +266,18 @@ def train(
             if trainer.step in marks:
                 loss = trainer.validate(validation)
                 on_checkpoint(trainer.save_checkpoint(loss, vocabulary, notes))
-            if now > deadline:
+            if now > deadline or stop.is_set():
                 trainer.save_state()
                 return False
             if now - saved > SAVE_SECONDS or trainer.step in marks:
                 trainer.save_state()
                 saved = now
-    return True
+        return True
+
+    # Threads do: nearly all of a step is spent inside torch, which lets the others run.
+    pool = ThreadPoolExecutor(workers)
+    try:
+        return all(done.result() for done in as_completed(pool.submit(one, s) for s in left))
+    finally:  # after Ctrl-C or an error of one size, the others save where they are
+        stop.set()
+        pool.shutdown(cancel_futures=True)
