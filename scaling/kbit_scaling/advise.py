@@ -260,6 +260,16 @@ def describe(candidate: Candidate) -> str:
     )
 
 
+GUESSING = 8.0  # bits per byte where every byte is as likely as any other
+
+
+def _interval(low: float, high: float) -> str:
+    """Bits per byte of two bounds in nats; one that says nothing is named and not printed."""
+    low, high = low / np.log(2), high / np.log(2)
+    upper = f"{high:.4f}" if high < GUESSING else "open: the law bounds it no better than guessing"
+    return f"[{low:.4f}, {upper}]"
+
+
 def describe_beyond(found: Beyond, group: str) -> str:
     """What the laws say about larger models, as text."""
     scale = 1 / np.log(2)
@@ -270,13 +280,12 @@ def describe_beyond(found: Beyond, group: str) -> str:
     ]
     for place, s in enumerate(found.sizes[:3], 1):
         behind = (
-            f"; {s.behind * scale:.4f} behind [{s.behind_low * scale:.4f}, "
-            f"{s.behind_high * scale:.4f}]"
+            f"; {s.behind * scale:.4f} behind {_interval(s.behind_low, s.behind_high)}"
             if place > 1
             else ""
         )
         lines.append(
             f"  {place}. {s.bits}-bit, {s.parameters:.3g} parameters: {s.loss * scale:.4f} bits "
-            f"per byte [{s.low * scale:.4f}, {s.high * scale:.4f}]{behind}"
+            f"per byte {_interval(s.low, s.high)}{behind}"
         )
     return "\n".join(lines)

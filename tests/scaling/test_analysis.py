@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,9 @@ def test_laws_name_the_best_size_beyond_the_study(known: Frame) -> None:
         assert s.low <= s.loss <= s.high
     assert found.times == pytest.approx(max(s.parameters for s in found.sizes) / 2.5e7)
     assert "extrapolated to" in describe_beyond(found, "int-b64")
+    assert "open" not in describe_beyond(found, "int-b64")
+    unbounded = replace(found, sizes=(replace(found.sizes[0], high=1e5), *found.sizes[1:]))
+    assert "open: the law bounds it no better than guessing]" in describe_beyond(unbounded, "int")
     # what the study has answers for itself
     assert beyond(study, plain, 1e6, context=1, replicates=2) is None
 
