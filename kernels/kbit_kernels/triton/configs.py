@@ -54,10 +54,12 @@ def power_of_two(value: int) -> int:
 
 
 def most_rows(spec: QuantSpec) -> int:
-    """Rows of x that a program may hold: with 16 outputs looked up in shared memory at once,
-    registers spill at 64."""
+    """Rows of x that a program may hold. At 64 registers spill with 16 outputs looked up in shared
+    memory at once, and with zero points beside codes that lie in two and three planes."""
     scheme = scheme_of(spec)
-    return 32 if scheme.kind == "table" and scheme.outputs == 16 else 64
+    crowded = scheme.kind == "table" and scheme.outputs == 16
+    crowded = crowded or (spec.dtype == "uint" and spec.bits in (5, 7))
+    return 32 if crowded else 64
 
 
 def fits(config: Config, spec: QuantSpec) -> bool:

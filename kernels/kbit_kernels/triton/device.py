@@ -238,8 +238,11 @@ def launch_warps(warps: int, amd: bool) -> int:
 def launch_options(spec: QuantSpec, config: Config, amd: bool) -> dict[str, int]:
     """Triton's options for `kernels.linear_kernel`."""
     options = {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
-    if spec.bits == 5 and scheme_of(spec).kind == "table" and config.rows_x == 8 and not amd:
-        options["maxnreg"] = 128  # left alone, ptxas spills two of them to get by with 48
+    # left alone, ptxas spills a few registers there to get by with fewer
+    tight = spec.bits == 5 and scheme_of(spec).kind == "table" and config.rows_x == 8
+    tight = tight or (spec.bits == 7 and spec.dtype == "fp" and config.rows_x == 16)
+    if tight and not amd:
+        options["maxnreg"] = 128
     return options
 
 
