@@ -18,10 +18,10 @@ from torch import Tensor
 
 from kbit.engine.cuda_layers import HALVES, CudaLoader, KernelLinear
 from kbit.engine.cuda_sampler import choose
-from kbit.engine.executor import Weights
+from kbit.engine.executor import Weights, check_cache_size
 from kbit.engine.sampler import Draw
 from kbit.engine.torch_attention import Step
-from kbit.engine.torch_cache import TorchCache, check
+from kbit.engine.torch_cache import TorchCache
 from kbit.engine.torch_executor import TorchExecutor
 from kbit.models import Decoder
 from kbit_kernels.tensor import QuantizedTensor
@@ -128,7 +128,7 @@ class CudaExecutor(TorchExecutor):
     @torch.inference_mode()
     def new_cache(self, batch: int, capacity: int) -> CudaCache:
         """See Executor.new_cache; an arena that a cache left behind is used again."""
-        check(self.decoder, batch, capacity)
+        check_cache_size(self.decoder, batch, capacity)
         arena, step = self._arena(batch, capacity)
         cache = CudaCache(arena, step, batch, capacity)
         weakref.finalize(cache, _leave, self._idle, arena, step).atexit = False

@@ -112,3 +112,16 @@ def load_executor(
     raise KbitError(
         f"no executor can run this {decoder.model_type} model on {device!r} ({'; '.join(reasons)})"
     )
+
+
+def check_cache_size(decoder: Decoder, batch: int, capacity: int) -> None:
+    """Raise KbitError if the decoder can't have a cache of this size."""
+    if batch < 1 or capacity < 1:
+        raise KbitError(
+            f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
+        )
+    if decoder.positions is not None and capacity > decoder.max_positions:
+        raise KbitError(
+            f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
+            f"learned positions for {decoder.max_positions} only"
+        )

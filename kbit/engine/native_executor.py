@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from kbit.engine.executor import Weights
+from kbit.engine.executor import Weights, check_cache_size
 from kbit.engine.native_plan import CacheSpec, DecoderSpec, LayerSpec, Plan, plan_support, pointers
 from kbit.engine.native_plan import rotaries as rotaries_of
 from kbit.errors import KbitError
@@ -236,15 +236,7 @@ class NativeExecutor:
     def new_cache(self, batch: int, capacity: int) -> NativeCache:
         """An empty cache for `batch` sequences of up to `capacity` tokens each."""
         decoder = self.decoder
-        if batch < 1 or capacity < 1:
-            raise KbitError(
-                f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
-            )
-        if decoder.positions is not None and capacity > decoder.max_positions:
-            raise KbitError(
-                f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
-                f"learned positions for {decoder.max_positions} only"
-            )
+        check_cache_size(decoder, batch, capacity)
         tables = [_tables(rotary, capacity) for rotary in self._rotaries]
         return NativeCache(decoder, batch, capacity, self._cache_dtype, tables)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kbit.engine.executor import check_cache_size
 from kbit.errors import KbitError
 from kbit.models import Decoder, Rotary
 
@@ -20,7 +21,7 @@ class TorchCache:
     def __init__(
         self, decoder: Decoder, batch: int, capacity: int, dtype: torch.dtype, device: str
     ) -> None:
-        check(decoder, batch, capacity)
+        check_cache_size(decoder, batch, capacity)
         self.capacity = capacity
         self.lengths = [0] * batch
         shapes = [
@@ -51,16 +52,3 @@ class TorchCache:
                 f"a sequence of {self.lengths[sequence]} tokens can't be cut to {length}"
             )
         self.lengths[sequence] = length
-
-
-def check(decoder: Decoder, batch: int, capacity: int) -> None:
-    """Raise KbitError if the decoder can't have a cache of this size."""
-    if batch < 1 or capacity < 1:
-        raise KbitError(
-            f"a cache needs a batch and a capacity of 1 or more, not {batch}, {capacity}"
-        )
-    if decoder.positions is not None and capacity > decoder.max_positions:
-        raise KbitError(
-            f"{capacity} tokens were asked for, but this {decoder.model_type} model has "
-            f"learned positions for {decoder.max_positions} only"
-        )
