@@ -100,7 +100,7 @@ def check(text: str, dtype: Any, scale: Scale) -> list[str]:
 
     from kbit_kernels import QuantSpec, quantize, reference
     from kbit_kernels.triton import dequantize, fused_linear, prepare
-    from kbit_kernels.triton.configs import SHIPPED_SHAPES, gpu_class, heuristic, most_rows
+    from kbit_kernels.triton.configs import SHIPPED_SHAPES, gpu_class, heuristic
 
     gpu, sms = gpu_class(torch.device(scale.device))
     N, K = scale.gate_shape
@@ -121,7 +121,7 @@ def check(text: str, dtype: Any, scale: Scale) -> list[str]:
     if not (error <= 2.1 * rounding * np.abs(weights) + 2.0**-24).all():
         wrong.append(f"{text} {dtype} dequantize: {np.nanmax(error):.3g}")
     configs = {
-        heuristic(m, n, k, gpu, sms, most_rows(spec))
+        heuristic(m, n, k, gpu, sms)
         for n, k in (SHIPPED_SHAPES if scale.device == "cuda" else scale.shapes)
         for m in scale.rows
     }

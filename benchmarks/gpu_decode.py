@@ -55,6 +55,12 @@ class RandomLoader(CudaLoader):
         weight = random_weight(self.spec, shape, self.dtype, self.device)
         return partial(_apply, weight)
 
+    def fused_gated(self, gate: Linear, up: Linear, activation: str) -> Any:
+        """One random matrix for both, and the gate in its kernel."""
+        shape = (gate.out_features + up.out_features, gate.in_features)
+        weight = random_weight(self.spec, shape, self.dtype, self.device)
+        return partial(_apply, weight, gate=activation)
+
     def matrix(self, name: str) -> torch.Tensor:
         """A random embedding."""
         shape = self._decoder.tensors[name].shape
@@ -65,8 +71,10 @@ class RandomLoader(CudaLoader):
         return torch.ones(self._decoder.tensors[name].shape, device=self.device)
 
 
-def _apply(weight: Any, x: torch.Tensor) -> torch.Tensor:
-    return linear(x, weight)
+def _apply(
+    weight: Any, x: torch.Tensor, onto: torch.Tensor | None = None, gate: str = ""
+) -> torch.Tensor:
+    return linear(x, weight, None, onto, gate)
 
 
 def bytes_of_step(executor: CudaExecutor, cache: Any) -> int:
@@ -77,7 +85,7 @@ def bytes_of_step(executor: CudaExecutor, cache: Any) -> int:
         for layer in (
             block._attention._qkv,
             block._attention._out,
-            block._mlp._up,
+            block._mlp._whole,
             block._mlp._down,
         )
     ]
@@ -161,7 +169,7 @@ class Replay(Timed):
     def __init__(self, step: DecodeStep, call: Callable[[], object]) -> None:
         self.calls = 1
         self.replay = call if step.graph is None else step.graph.replay
-        self.us = self._host_us if step.graph is None else self._device_us
+        self._on_device = step.graph is not None
 
 
 def model_speed(path: str, device: str = "cuda", tokens: int = 200) -> dict[str, Any]:

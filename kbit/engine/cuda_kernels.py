@@ -15,19 +15,22 @@ from kbit.engine.torch_attention import Step
 from kbit.engine.torch_cache import TorchCache
 from kbit.models import Attention
 from kbit_kernels.triton.configs import gpu_class, power_of_two
-from kbit_kernels.triton.device import workspace
+from kbit_kernels.triton.device import ACTIVATIONS, overlapping, workspace
+from kbit_kernels.triton.functions import activate, after_others
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 @triton.jit
-def _rms_norm_kernel(x_ptr, weight_ptr, out_ptr, eps, D, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, eps, D, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
+    after_others(OVERLAPS)
     x = tl.load(x_ptr + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-    x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps)
-    x *= tl.load(weight_ptr + d, mask=d < D, other=0.0)
+    x *= tl.rsqrt(tl.sum(x * x, 0) / D + eps) * weight
     tl.store(out_ptr + row * D + d, x.to(out_ptr.dtype.element_ty), mask=d < D)
 
 
@@ -43,26 +46,28 @@ class RmsNorm:
         rows = x.reshape(-1, D)
         out = torch.empty_like(rows)
         _rms_norm_kernel[(rows.shape[0],)](
-            rows, self.weight, out, self.eps, D, BLOCK=triton.next_power_of_2(D)
+            rows,
+            self.weight,
+            out,
+            self.eps,
+            D,
+            BLOCK=(block := triton.next_power_of_2(D)),
+            num_warps=max(1, min(16, block // 256)),
+            **overlapping(x.device),
         )
         return out.view(x.shape)
 
 
 @triton.jit
-def _gate_kernel(x_ptr, out_ptr, F, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gate_kernel(
+    x_ptr, out_ptr, F, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    after_others(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     gate = tl.load(x_ptr + row * 2 * F + f, mask=f < F, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * F + F + f, mask=f < F, other=0.0).to(tl.float32)
-    if ACTIVATION == "silu":
-        gate *= tl.sigmoid(gate)
-    elif ACTIVATION == "gelu":
-        gate *= 0.5 * (1.0 + tl.erf(gate * 0.7071067811865476))
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 (1 + tanh y) = sigmoid(2 y)
-        gate *= tl.sigmoid(1.5957691216057308 * (gate + 0.044715 * gate * gate * gate))
-    else:
-        gate = tl.maximum(gate, 0.0)
+    gate = activate(gate, ACTIVATION)
     tl.store(out_ptr + row * F + f, (gate * up).to(out_ptr.dtype.element_ty), mask=f < F)
 
 
@@ -77,7 +82,12 @@ class Gate:
         N, F = x.shape[0], x.shape[1] // 2
         out = x.new_empty((N, F))
         _gate_kernel[(N, triton.cdiv(F, 1024))](
-            x.contiguous(), out, F, ACTIVATION=self.activation, BLOCK=1024
+            x.contiguous(),
+            out,
+            F,
+            ACTIVATION=self.activation,
+            BLOCK=1024,
+            **overlapping(x.device),
         )
         return out
 
@@ -103,7 +113,9 @@ def _place_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HALF: tl.constexpr,
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    after_others(OVERLAPS)
     n = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     d = tl.arange(0, BLOCK)
@@ -167,6 +179,7 @@ def place(
         D=D,
         HALF=cos.shape[-1],
         BLOCK=triton.next_power_of_2(D),
+        **overlapping(q.device),
     )
     return out
 
@@ -203,7 +216,9 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
+    OVERLAPS: tl.constexpr,
 ):
+    after_others(OVERLAPS)
     # A program takes the R queries of one key/value head and one of SPLITS parts of the positions
     # that they see. The last to arrive adds the parts in their order and sets its counter back.
     pair = tl.program_id(0)
@@ -227,6 +242,7 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         slot = (pair.to(tl.int64) * capacity + j) * D
         seen = j < stop
         k = tl.load(keys_ptr + slot[None, :] + d[:, None], mask=(d < D)[:, None] & seen, other=0.0)
+        v = tl.load(values_ptr + slot[:, None] + d, mask=seen[:, None] & (d < D), other=0.0)
         scores = _dot(q, k.to(q.dtype)) * scale
         if HAS_SOFTCAP:  # tanh y = 2 sigmoid(2 y) - 1
             scores = softcap * (2 * tl.sigmoid(scores * (2.0 / softcap)) - 1)
@@ -237,7 +253,6 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         higher = tl.maximum(largest, tl.max(scores, 1))
         shrink = tl.exp(largest - higher)
         p = tl.exp(scores - higher[:, None])
-        v = tl.load(values_ptr + slot[:, None] + d, mask=seen[:, None] & (d < D), other=0.0)
         acc = acc * shrink[:, None] + _dot(p.to(q.dtype), v.to(q.dtype))
         total = total * shrink + tl.sum(p, 1)
         largest = higher
@@ -247,7 +262,8 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         size: tl.constexpr = ROWS * (BLOCK_D + 2)
         base = partial_ptr + pair.to(tl.int64) * (SPLITS * size)
         mine = base + split * size
-        tl.store(mine + r[:, None] * BLOCK_D + d, acc)
+        real = (r < R)[:, None] & (d >= 0)
+        tl.store(mine + r[:, None] * BLOCK_D + d, acc, mask=real)
         tl.store(mine + ROWS * BLOCK_D + r, largest)
         tl.store(mine + ROWS * (BLOCK_D + 1) + r, total)
         tl.debug_barrier()
@@ -255,18 +271,21 @@ def _attend_kernel(  # type: ignore[no-untyped-def]
         if arrived < SPLITS - 1:
             return
         tl.store(counter_ptr + pair, 0)
+        # unrolled: else every part would wait for the one before
         largest = tl.full([ROWS], float("-inf"), tl.float32)
-        for s in range(SPLITS):
+        for s in tl.static_range(SPLITS):
             part = tl.load(base + s * size + ROWS * BLOCK_D + r, cache_modifier=".cg")
             largest = tl.maximum(largest, part)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-        for s in range(SPLITS):
+        for s in tl.static_range(SPLITS):
             part = base + s * size
             weight = tl.load(part + ROWS * BLOCK_D + r, cache_modifier=".cg")
             weight = tl.exp(weight - largest)  # 0 for a part that saw nothing
             total += weight * tl.load(part + ROWS * (BLOCK_D + 1) + r, cache_modifier=".cg")
-            sums = tl.load(part + r[:, None] * BLOCK_D + d, cache_modifier=".cg")
+            sums = tl.load(
+                part + r[:, None] * BLOCK_D + d, mask=real, other=0, cache_modifier=".cg"
+            )
             acc += weight[:, None] * sums
     out = acc / total[:, None]
     tl.store(out_ptr + at, out.to(out_ptr.dtype.element_ty), mask=inside)
@@ -323,6 +342,7 @@ class Attend:
             ROWS=rows,
             BLOCK_D=width,
             BLOCK_S=block,
+            **overlapping(q.device),
             num_warps=4,
             num_stages=2,
         )

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.engine.torch_layers import Attend, Layer, Loader
+from kbit.engine.torch_layers import Attend, Layer, LinearLayer, Loader
 from kbit.models import Attention, Linear
 from kbit_kernels.tensor import QuantizedTensor
 
@@ -23,7 +23,7 @@ HALVES = (torch.float16, torch.bfloat16)
 class CudaLoader(Loader):
     """Loads quantized matrices as they are, one tensor of the file after the other."""
 
-    def fused(self, parts: Sequence[Linear]) -> Layer | None:
+    def fused(self, parts: Sequence[Linear]) -> LinearLayer | None:
         """The parts as one kernel call where they are stored alike, else as one call each; None if
         one isn't quantized or the compute dtype is fp32, which the kernels don't take."""
         stored = [self.rows(part) for part in parts]
@@ -50,6 +50,26 @@ class CudaLoader(Loader):
             for part, bias in zip(parts, biases, strict=True)
         ]
         return KernelLinear(stacked, torch.cat(filled), self)
+
+    def fused_gated(self, gate: Linear, up: Linear, activation: str) -> Layer | None:
+        """Where the two are stored alike, and eight rows of the one can lie beside eight of the
+        other."""
+        from kbit_kernels.triton.device import ACTIVATIONS
+
+        stacked = None
+        if activation in ACTIVATIONS and self.dtype in HALVES and gate.out_features % 8 == 0:
+            parts = [self.rows(part) for part in (gate, up)]
+            quantized = [part for part in parts if isinstance(part, QuantizedTensor)]
+            stacked = stack(quantized) if len(quantized) == 2 else None
+        if stacked is None:
+            return None
+        order = np.arange(stacked.shape[0]).reshape(2, -1, 8).swapaxes(0, 1).reshape(-1)
+        biases = [self.bias(part) for part in (gate, up)]
+        bias = None
+        if any(b is not None for b in biases):
+            zero = torch.zeros(gate.out_features, dtype=self.dtype, device=self.device)
+            bias = torch.cat([zero if b is None else b for b in biases])[torch.from_numpy(order)]
+        return KernelLinear(stacked.rows(order), bias, self, gate=activation)
 
     def fused_norm(self, weight: Tensor, eps: float) -> Layer | None:
         kernels = self._kernels()
@@ -96,22 +116,26 @@ def stack(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:
 
 
 class KernelLinear:
-    """y = x W^T + b with W in k bits."""
+    """y = x W^T + b with W in k bits; or gated, see kbit_kernels.triton.linear."""
 
-    def __init__(self, tensor: QuantizedTensor, bias: Tensor | None, loader: Loader) -> None:
+    def __init__(
+        self, tensor: QuantizedTensor, bias: Tensor | None, loader: Loader, *, gate: str = ""
+    ) -> None:
         from kbit_kernels.triton import linear, prepare
 
         self.weight = prepare(tensor, loader.device, loader.dtype)
         self.bias = bias
         self._linear = linear
+        self._gate = gate
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return self._linear(x_ND, self.weight, self.bias)
+    def __call__(self, x_ND: Tensor, onto: Tensor | None = None) -> Tensor:
+        return self._linear(x_ND, self.weight, self.bias, onto, self._gate)
 
 
 class _Several:
-    def __init__(self, layers: Sequence[Layer]) -> None:
+    def __init__(self, layers: Sequence[LinearLayer]) -> None:
         self.layers = layers
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return torch.cat([layer(x_ND) for layer in self.layers], dim=-1)
+    def __call__(self, x_ND: Tensor, onto: Tensor | None = None) -> Tensor:
+        y = torch.cat([layer(x_ND) for layer in self.layers], dim=-1)
+        return y if onto is None else onto + y

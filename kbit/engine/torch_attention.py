@@ -100,7 +100,8 @@ class TorchAttention:
         self._slopes = None if slopes is None else torch.tensor(slopes, device=loader.device)
         self._attend_one = loader.fused_attend(attention, self._slopes)
 
-    def __call__(self, x_ND: Tensor, cache: TorchCache, step: Step) -> Tensor:
+    def __call__(self, x_ND: Tensor, cache: TorchCache, step: Step, onto: Tensor | None) -> Tensor:
+        """[N, D] -> [N, D], added to `onto` if given."""
         a = self._attention
         sizes = (a.heads, a.kv_heads, a.kv_heads)
         heads_NHD = self._qkv(x_ND).view(x_ND.shape[0], sum(sizes), a.head_dim)
@@ -113,7 +114,7 @@ class TorchAttention:
         keys, values = cache.keys[self._layer], cache.values[self._layer]
         if self._attend_one is not None and step.all_rows and max(step.counts) == 1:
             out = self._attend_one(q.contiguous(), keys, values, step.positions)
-            return self._out(out.view(x_ND.shape[0], -1))
+            return self._out(out.view(x_ND.shape[0], -1), onto)
         if not step.all_rows:
             keys, values = keys[step.rows], values[step.rows]
         q_BHTD = step.pad(q)
@@ -122,7 +123,8 @@ class TorchAttention:
             self._attend(q_BHTD[:, :, t : t + QUERY_CHUNK], keys, values, step, t)
             for t in range(0, T, QUERY_CHUNK)
         ]
-        return self._out(step.flat(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)))
+        joined = parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
+        return self._out(step.flat(joined), onto)
 
     def _attend(self, q: Tensor, keys: Tensor, values: Tensor, step: Step, t: int) -> Tensor:
         """Queries t.. of the padded layout, [B, H, t, D], over the positions they can see."""

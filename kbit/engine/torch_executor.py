@@ -13,7 +13,7 @@ import kbit_kernels.triton
 from kbit.engine.executor import Weights
 from kbit.engine.torch_attention import Step, TorchAttention
 from kbit.engine.torch_cache import TorchCache
-from kbit.engine.torch_layers import ACTIVATIONS, Loader, make_linear, make_norm
+from kbit.engine.torch_layers import ACTIVATIONS, Loader, identity, make_linear, make_norm
 from kbit.errors import KbitError
 from kbit.models import Decoder, Layer, Linear, Mlp
 
@@ -187,11 +187,15 @@ class _Block:
         self._mlp_after = make_norm(loader, layer.mlp_after)
 
     def __call__(self, h: Tensor, cache: TorchCache, step: Step) -> Tensor:
-        a = self._attention_out(self._attention(self._attention_in(h), cache, step))
-        if self._parallel:
-            return h + a + self._mlp_out(self._mlp(self._mlp_in(h)))
-        h = self._attention_after(h + a)
-        return self._mlp_after(h + self._mlp_out(self._mlp(self._mlp_in(h))))
+        # a product that nothing follows adds its result to h itself
+        onto = h if self._attention_out is identity else None
+        a = self._attention(self._attention_in(h), cache, step, onto)
+        after = a if onto is not None else h + self._attention_out(a)
+        if not self._parallel:
+            h = after = self._attention_after(after)
+        onto = after if self._mlp_out is identity else None
+        m = self._mlp(self._mlp_in(h), onto)
+        return self._mlp_after(m if onto is not None else after + self._mlp_out(m))
 
 
 class _TorchMlp:
@@ -200,17 +204,25 @@ class _TorchMlp:
     def __init__(self, loader: Loader, mlp: Mlp) -> None:
         self._gated = mlp.gate is not None
         self._activation = ACTIVATIONS[mlp.activation]
-        self._gate = loader.fused_gate(mlp.activation)
-        self._up = make_linear(loader, (mlp.up,) if mlp.gate is None else (mlp.gate, mlp.up))
         self._down = make_linear(loader, (mlp.down,))
+        self._whole: Callable[[Tensor], Tensor] | None = None  # all before down, as one kernel
+        if mlp.gate is None:
+            self._up = make_linear(loader, (mlp.up,))
+            return
+        self._whole = loader.fused_gated(mlp.gate, mlp.up, mlp.activation)
+        if self._whole is None:
+            self._up = make_linear(loader, (mlp.gate, mlp.up))
+            self._gate = loader.fused_gate(mlp.activation)
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
+    def __call__(self, x_ND: Tensor, onto: Tensor | None) -> Tensor:
+        if self._whole is not None:
+            return self._down(self._whole(x_ND), onto)
         if not self._gated:
-            return self._down(self._activation(self._up(x_ND)))
+            return self._down(self._activation(self._up(x_ND)), onto)
         if self._gate is not None:
-            return self._down(self._gate(self._up(x_ND)))
+            return self._down(self._gate(self._up(x_ND)), onto)
         gate, up = self._up(x_ND).chunk(2, dim=-1)
-        return self._down(self._activation(gate) * up)
+        return self._down(self._activation(gate) * up, onto)
 
 
 def _optional(loader: Loader, linear: Linear | None) -> Callable[[Tensor], Tensor] | None:

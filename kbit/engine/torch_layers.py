@@ -7,6 +7,7 @@ compute dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import ml_dtypes
 import numpy as np
@@ -21,6 +22,14 @@ from kbit.models import Attention, Decoder, Linear, Norm
 from kbit_kernels.tensor import QuantizedTensor
 
 Layer = Callable[[Tensor], Tensor]
+
+
+class LinearLayer(Protocol):
+    """y [N, out] = x [N, in] W^T + b, and `onto` [N, out] if given."""
+
+    def __call__(self, x_ND: Tensor, onto: Tensor | None = None, /) -> Tensor: ...
+
+
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 ACTIVATIONS: dict[str, Layer] = {
@@ -58,7 +67,7 @@ class Loader:
             return tensor.T
         return tensor
 
-    def fused(self, parts: Sequence[Linear]) -> Layer | None:
+    def fused(self, parts: Sequence[Linear]) -> LinearLayer | None:
         """The parts as quantized kernels, where a loader has some; None: dense."""
         return None
 
@@ -68,6 +77,10 @@ class Loader:
 
     def fused_gate(self, activation: str) -> Layer | None:
         """[N, 2 F] -> activation(first half) * second half as one kernel, likewise."""
+        return None
+
+    def fused_gated(self, gate: Linear, up: Linear, activation: str) -> Layer | None:
+        """x -> activation(gate(x)) * up(x) as one kernel, likewise."""
         return None
 
     def fused_place(self) -> Callable[..., Tensor] | None:
@@ -122,7 +135,7 @@ def as_torch(array: np.ndarray) -> Tensor:
     return torch.from_numpy(array.copy())
 
 
-def make_linear(loader: Loader, parts: Sequence[Linear]) -> Layer:
+def make_linear(loader: Loader, parts: Sequence[Linear]) -> LinearLayer:
     """x [N, D_in] -> [N, sum of the parts' outputs]: layers that share an input as one matrix.
 
     This is the seam for quantized kernels: here quantized weights are dequantized once into the
@@ -149,14 +162,15 @@ class DenseLinear:
         self.weight = weight
         self.bias = bias
 
-    def __call__(self, x_ND: Tensor) -> Tensor:
-        return functional.linear(x_ND, self.weight, self.bias)
+    def __call__(self, x_ND: Tensor, onto: Tensor | None = None) -> Tensor:
+        y = functional.linear(x_ND, self.weight, self.bias)
+        return y if onto is None else onto + y
 
 
 def make_norm(loader: Loader, norm: Norm | None) -> Layer:
-    """The norm over the last axis; the identity for None."""
+    """The norm over the last axis; `identity` for None."""
     if norm is None:
-        return _identity
+        return identity
     weight = torch.ones(norm.size, device=loader.device)
     if norm.weight is not None:
         weight = loader.vector(norm.weight) + norm.weight_offset
@@ -191,5 +205,6 @@ class LayerNorm:
         return functional.layer_norm(x.float(), shape, self.weight, self.bias, self.eps).to(x.dtype)
 
 
-def _identity(x: Tensor) -> Tensor:
+def identity(x: Tensor) -> Tensor:
+    """x."""
     return x

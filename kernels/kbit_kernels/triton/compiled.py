@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -20,9 +21,11 @@ from kbit_kernels.triton.device import (
     launch_options,
     launch_warps,
     linear_constants,
+    zeros_dtype,
 )
 
 NVIDIA = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+OVERLAPPING = NVIDIA[3:]  # kernels can begin before the one before ends
 AMD = ("gfx942",)
 CHIPS = (*NVIDIA, *AMD)
 _TENSOR_CORE = re.compile(r"(HMMA|HGMMA|UTCHMMA|QMMA|v_mfma)")
@@ -71,8 +74,13 @@ def compile_linear(
     the choice of the decoder."""
     use_ptx = chip in NVIDIA if use_ptx is None else use_ptx
     constants = linear_constants(spec, half, use_ptx, config, columns)
-    constants |= {"HAS_EXTRA": False, "HAS_BIAS": False}
-    options = launch_options(spec, config, chip in AMD)
+    constants |= {
+        "HAS_EXTRA": False,
+        "HAS_BIAS": False,
+        "GATE": "",
+        "OVERLAPS": chip in OVERLAPPING,
+    }
+    options = launch_options(config, chip in AMD)
     return _compile(kernels.linear_kernel, spec, chip, half, constants, options)
 
 
@@ -95,7 +103,7 @@ def _compile(
         "words_ptr": "*i16",
         "scales_ptr": f"*{spec.scale_dtype}",
         "means_ptr": f"*{spec.scale_dtype}",
-        "zeros_ptr": "*i8",
+        "zeros_ptr": "*i8" if zeros_dtype(spec) is np.int8 else "*i16",
         "table_ptr": "*i32" if constants["PTX"] else f"*{half}",
         "partial_ptr": "*fp32",
         "counter_ptr": "*i32",

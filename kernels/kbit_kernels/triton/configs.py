@@ -5,7 +5,7 @@ directory. An entry says for which bits, rows of x and shape it was found, and h
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
 
 SHIPPED = Path(__file__).with_name("configs.json")
-ROW_BUCKETS = (8, 16, 32, 64)  # rows of x that one program can hold
+ROW_BUCKETS = (8, 16, 32)  # rows of x that one program can hold
 MAX_WARPS = 8
 CROSS_OVER_ROWS = 128  # above it others' fused kernels lose to cuBLAS; kbit tune measures it
 WARPS_PER_SM = 24  # enough loads in flight to cover the memory's latency
@@ -29,11 +29,13 @@ class Config:
     """How one product is cut up.
 
     Attributes:
-        rows_x: rows of x a program holds, 8 to 64; more rows are more programs.
+        rows_x: rows of x a program holds, 8 to 32; more rows are more programs.
         bands: bands of 16 weight rows a warp holds.
         warps_n: warps beside each other over weight rows.
         warps_k: warps that share weight rows and take turns over the columns.
         split: programs that share an output and split the columns.
+        overlap: begins, from sm_90 on, while the kernel before still runs, as far as it does not
+            need its results. Pays where the other kernel leaves room on every multiprocessor.
     """
 
     rows_x: int
@@ -41,6 +43,13 @@ class Config:
     warps_n: int
     warps_k: int
     split: int
+    overlap: bool = False
+
+    @classmethod
+    def of(cls, entry: dict[str, Any]) -> "Config":
+        """The configuration of a table's entry, which may say more."""
+        numbers = [int(entry[f.name]) for f in fields(cls) if f.name != "overlap"]
+        return cls(*numbers, overlap=bool(entry.get("overlap", False)))
 
 
 def bucket(rows: int) -> int:
@@ -53,15 +62,6 @@ def power_of_two(value: int) -> int:
     return 1 << (max(value, 1).bit_length() - 1)
 
 
-def most_rows(spec: QuantSpec) -> int:
-    """Rows of x that a program may hold. At 64 registers spill with 16 outputs looked up in shared
-    memory at once, and with zero points beside codes that lie in two and three planes."""
-    scheme = scheme_of(spec)
-    crowded = scheme.kind == "table" and scheme.outputs == 16
-    crowded = crowded or (spec.dtype == "uint" and spec.bits in (5, 7))
-    return 32 if crowded else 64
-
-
 def fits(config: Config, spec: QuantSpec) -> bool:
     """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
     for more, which it does for what it counts itself; it does not count the 32 KB of table that
@@ -70,28 +70,21 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     warps = config.warps_n * config.warps_k
     exchanged = warps * ROWS * config.bands * config.rows_x * 4
     table = scheme_of(spec).kind == "table"
-    return config.rows_x <= most_rows(spec) and (not table or exchanged <= 16 << 10)
+    return config.rows_x <= ROW_BUCKETS[-1] and (not table or exchanged <= 16 << 10)
 
 
-def heuristic(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> Config:
+def heuristic(rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
     # AMD's matrix instructions have at least 16 columns
-    rows_x = max(min(bucket(rows), most), 16 if gpu.startswith("gfx") else 8)
+    rows_x = max(bucket(rows), 16 if gpu.startswith("gfx") else 8)
     tiles = -(-k // COLUMNS)
     bands_total = -(-n // ROWS)
     wanted = sms * WARPS_PER_SM
-    if rows_x <= 16:
-        warps_k = min(MAX_WARPS, power_of_two(tiles))
-        split = min(power_of_two(tiles // warps_k), power_of_two(wanted // (bands_total * warps_k)))
-        return Config(rows_x, 1, 1, warps_k, max(1, min(split, 8)))
-    # rows of x are read again by every program: let warps share them
-    bands, warps_n = 1, 4
-    warps_k = 2 if tiles > 1 and rows_x == 32 else 1
-    programs = -(-bands_total // (bands * warps_n)) * -(-rows // rows_x)
-    split = power_of_two(wanted // 2 // (programs * warps_n * warps_k))
-    return Config(
-        rows_x, bands, warps_n, warps_k, max(1, min(split, power_of_two(tiles // warps_k), 8))
-    )
+    # where fewer warps a band are enough, more bands at once meet better than more columns
+    most = MAX_WARPS // 2 if bands_total * MAX_WARPS // 2 >= wanted else MAX_WARPS
+    warps_k = min(most, power_of_two(tiles))
+    split = min(power_of_two(tiles // warps_k), power_of_two(wanted // (bands_total * warps_k)))
+    return Config(rows_x, 1, 1, warps_k, max(1, min(split, 8)))
 
 
 # multiprocessors of the chip that each class is shipped for
@@ -111,7 +104,7 @@ def shipped_configs(gpu: str) -> set[Config]:
     """Every configuration that the shipped table or the rule can choose for the shapes above."""
     found = set()
     for entry in _read(SHIPPED)["classes"].get(gpu, {"entries": {}})["entries"].values():
-        found.add(Config(**{name: entry[name] for name in Config.__dataclass_fields__}))
+        found.add(Config.of(entry))
     for n, k in SHIPPED_SHAPES:
         for rows in ROW_BUCKETS:
             found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
@@ -124,7 +117,7 @@ def _read(path: Path) -> dict[str, Any]:
         loaded: dict[str, Any] = json.loads(path.read_text())
         for found in loaded["classes"].values():
             for entry in found["entries"].values():
-                Config(**{name: int(entry[name]) for name in Config.__dataclass_fields__})
+                Config.of(entry)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise KbitError(
             f"{path}: is no table of kernel configurations ({error!r}); delete it, or write it "
@@ -204,10 +197,10 @@ def choose_for(
     for table, source in tables:
         entry = table["entries"].get(entry_key(spec, rows, n, k))
         if entry is not None:
-            config = Config(**{name: entry[name] for name in Config.__dataclass_fields__})
+            config = Config.of(entry)
             if fits(config, spec):
                 return config, source
-    return heuristic(rows, n, k, gpu, sms, most_rows(spec)), "rule"
+    return heuristic(rows, n, k, gpu, sms), "rule"
 
 
 def choose(spec: QuantSpec, rows: int, n: int, k: int, device: "torch.device") -> Config | None:

@@ -1,7 +1,8 @@
 """A quantized matrix on the GPU, and the operations on it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -12,8 +13,9 @@ from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.tensor import QuantizedTensor
 from kbit_kernels.triton import kernels
-from kbit_kernels.triton.configs import Config, choose
+from kbit_kernels.triton.configs import Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
+    FENCE_PTX,
     HALF_DTYPES,
     SHARED_TABLE_PTX,
     SUBTRACT_PTX,
@@ -22,6 +24,12 @@ from kbit_kernels.triton.decode import (
 )
 from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
+ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "silu": torch.nn.functional.silu,
+    "gelu": torch.nn.functional.gelu,
+    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
+    "relu": torch.nn.functional.relu,
+}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
 
@@ -113,7 +121,7 @@ def prepare(
     zeros = means = table = columns = outliers = residual = None
     if plain.zeros is not None:
         middle = 1 << (spec.bits - 1)
-        zeros = blocks((plain.zeros.astype(np.int16) - middle).astype(np.int8))
+        zeros = blocks((plain.zeros.astype(np.int16) - middle).astype(zeros_dtype(spec)))
     if plain.means is not None:
         means = blocks(plain.means)
     if scheme.kind == "table":
@@ -157,6 +165,12 @@ def factor_of(spec: QuantSpec) -> float:
         return 1.0
     assert spec.exponent is not None
     return 1.0 / (2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
+
+
+def zeros_dtype(spec: QuantSpec) -> type[np.signedinteger[Any]]:
+    """Of zero points minus 2^(k-1). Where a lane has one a row it is loaded by itself, and Triton
+    orders the columns of an operand that is made from loaded bytes differently."""
+    return np.int8 if 0 < spec.block < COLUMNS else np.int16
 
 
 def _outlier_residual(tensor: QuantizedTensor) -> np.ndarray:
@@ -227,6 +241,7 @@ def linear_constants(
         "WN": config.warps_n,
         "WK": config.warps_k,
         "SPLIT": config.split,
+        "FENCE": FENCE_PTX if use_ptx else "",
     }
 
 
@@ -235,15 +250,18 @@ def launch_warps(warps: int, amd: bool) -> int:
     return max(1, warps // 2) if amd else warps
 
 
-def launch_options(spec: QuantSpec, config: Config, amd: bool) -> dict[str, int]:
+def launch_options(config: Config, amd: bool) -> dict[str, int]:
     """Triton's options for `kernels.linear_kernel`."""
-    options = {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
-    # left alone, ptxas spills a few registers there to get by with fewer
-    tight = spec.bits == 5 and scheme_of(spec).kind == "table" and config.rows_x == 8
-    tight = tight or (spec.bits == 7 and spec.dtype == "fp" and config.rows_x == 16)
-    if tight and not amd:
-        options["maxnreg"] = 128
-    return options
+    return {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
+
+
+def overlapping(device: torch.device, early: bool = False) -> dict[str, bool]:
+    """Arguments of a launch that lets the next kernel begin while it runs, up to that one's
+    `functions.after_others`; and which, if `early`, itself begins while those before it still run
+    (programmatic dependent launch, from sm_90 on)."""
+    chip, _ = gpu_class(device)
+    able = chip.startswith("sm_") and int(chip[3:]) >= 90
+    return {"OVERLAPS": able, **({"launch_pdl": True} if able and early else {})}
 
 
 class Workspace:
@@ -282,19 +300,23 @@ def fused_linear(
     config: Config,
     bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
+    gate: str = "",
 ) -> torch.Tensor:
-    """`x [M, K]` contiguous, in the weight's dtype -> `[M, N]`, through the fused kernel."""
+    """`x [M, K]` contiguous, in the weight's dtype -> `[M, N]`, through the fused kernel; added to
+    `onto [M, N]`, contiguous, if given; or gated as in `linear`, `[M, N / 2]`."""
     M = x.shape[0]
     N, K = weight.shape
     tiles = -(-K // COLUMNS)
     rows = 16 * config.bands * config.warps_n
     grid = (-(-N // rows), -(-M // config.rows_x), config.split)
     if out is None:
-        out = torch.empty((M, N), dtype=x.dtype, device=x.device)
-    extra = None
+        out = torch.empty((M, N // 2 if gate else N), dtype=x.dtype, device=x.device)
+    extra = onto
     if weight.outlier_columns is not None:
         assert weight.outlier_residual is not None
-        extra = torch.mm(x.index_select(1, weight.outlier_columns), weight.outlier_residual.t())
+        at, residual = x.index_select(1, weight.outlier_columns), weight.outlier_residual.t()
+        extra = torch.mm(at, residual) if onto is None else torch.addmm(onto, at, residual)
     partial = counters = weight.scales  # placeholders where nothing is split
     if config.split > 1:
         space = workspace(x.device)
@@ -317,9 +339,11 @@ def fused_linear(
         N,
         K,
         tiles,
+        **overlapping(x.device, config.overlap),
         HAS_EXTRA=extra is not None,
         HAS_BIAS=bias is not None,
-        **launch_options(kernel_spec(weight.spec), config, torch.version.hip is not None),
+        GATE=gate,
+        **launch_options(config, torch.version.hip is not None),
         **linear_constants(
             kernel_spec(weight.spec), DTYPE_NAMES[weight.dtype], weight.use_ptx, config, K
         ),
@@ -362,13 +386,22 @@ def dequantized_linear(
     return torch.nn.functional.linear(x, dequantize(weight), bias)
 
 
-def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`x [..., K] @ weights [N, K].T + bias [N]` -> `[..., N]` in x's dtype.
+def linear(
+    x: torch.Tensor,
+    weight: DeviceTensor,
+    bias: torch.Tensor | None = None,
+    onto: torch.Tensor | None = None,
+    gate: str = "",
+) -> torch.Tensor:
+    """`x [..., K] @ weights [N, K].T + bias [N] + onto [..., N]` -> `[..., N]` in x's dtype.
 
     Fused up to the cross-over of rows in the tuning table; above it the weights are dequantized
     into a buffer that lives for the call, and cuBLAS multiplies. The weight's device must be the
     current one, and calls (and replays of captured ones) must not overlap on two streams of it:
     products split over columns share one workspace.
+
+    With `gate`, one of ACTIVATIONS, the weight is `gated` of two matrices, and the result, `[...,
+    N / 2]`, is gate(product with the first) * product with the second.
 
     Raises:
         KbitError: x's last axis or dtype does not fit the weight.
@@ -381,10 +414,15 @@ def linear(x: torch.Tensor, weight: DeviceTensor, bias: torch.Tensor | None = No
         )
     rows = x.reshape(-1, K)
     if rows.shape[0] == 0:
-        return x.new_zeros((*x.shape[:-1], N))
+        return x.new_empty((*x.shape[:-1], N // 2 if gate else N))
     config = choose(weight.spec, rows.shape[0], N, K, weight.device)
     if config is None:
         result = dequantized_linear(rows, weight, bias)
+        result = result if onto is None else onto.reshape(-1, N) + result
+        if gate:
+            first, second = result.view(-1, N // 16, 2, 8).float().unbind(2)
+            result = (ACTIVATIONS[gate](first) * second).to(x.dtype).view(-1, N // 2)
     else:
-        result = fused_linear(rows.contiguous(), weight, config, bias)
-    return result.reshape(*x.shape[:-1], N)
+        added = None if onto is None else onto.reshape(-1, N).contiguous()
+        result = fused_linear(rows.contiguous(), weight, config, bias, onto=added, gate=gate)
+    return result.reshape(*x.shape[:-1], result.shape[-1])

@@ -4,11 +4,50 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import cuda
 
 from kbit_kernels.triton import layout
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# among axes without runs Triton gives lanes to the last ones, before 3.7 to the first ones
+LANES_FIRST = tl.constexpr(tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7))
 PAIRED_BITS = tl.constexpr(layout.PAIRED_BITS)
+
+
+@triton.jit
+def after_others(OVERLAPS: tl.constexpr):
+    """Launched by `overlapping`: lets the next kernel start, and waits until those before are done.
+
+    What they wrote, and what they may still read, must not be touched before."""
+    if OVERLAPS:
+        cuda.gdc_launch_dependents()
+        cuda.gdc_wait()
+
+
+@triton.jit
+def in_order(FENCE: tl.constexpr, BARRIER: tl.constexpr):
+    """The compiler moves no load from before this to after it, or the other way round. Without
+    PTX that takes a barrier of the whole program, if at all."""
+    if FENCE == "":
+        if BARRIER:
+            tl.debug_barrier()
+    else:
+        tl.inline_asm_elementwise(FENCE, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def activate(x, NAME: tl.constexpr):
+    """The activation NAME of x, fp32; see device.ACTIVATIONS."""
+    if NAME == "silu":
+        y = x * tl.sigmoid(x)
+    elif NAME == "gelu":
+        y = x * 0.5 * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif NAME == "gelu_tanh":
+        # 0.5 (1 + tanh y) = sigmoid(2 y)
+        y = x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        y = tl.maximum(x, 0.0)
+    return y
 
 
 @triton.jit
@@ -123,7 +162,7 @@ def decode(
             CONSTRAINTS,
             words + registers,
             dtype=_repeat(DT, len(FIELDS)),
-            is_pure=True,
+            is_pure=False,
             pack=2,
         )
     return values
@@ -144,25 +183,6 @@ def table(table_ptr, KIND: tl.constexpr, FILL: tl.constexpr):
 
 
 @triton.jit
-def pick(values, COUNT: tl.constexpr, INDEX: tl.constexpr):
-    """`values[..., INDEX]` of `[A, B, C, D, E, COUNT]`; the last axis lies in registers."""
-    a: tl.constexpr = values.shape[0]
-    b: tl.constexpr = values.shape[1]
-    c: tl.constexpr = values.shape[2]
-    d: tl.constexpr = values.shape[3]
-    e: tl.constexpr = values.shape[4]
-    if COUNT == 1:
-        picked = values.reshape(a, b, c, d, e)
-    else:
-        even, odd = tl.split(values.reshape(a, b, c, d, e, COUNT // 2, 2))
-        if INDEX % 2 == 0:
-            picked = pick(even, COUNT // 2, INDEX // 2)
-        else:
-            picked = pick(odd, COUNT // 2, INDEX // 2)
-    return picked
-
-
-@triton.jit
 def per_row(values):
     """`[R, W, g, t, r]` -> fp32 `[W, R*16 rows, 1, t, 1]`, the shape of accumulators."""
     R: tl.constexpr = values.shape[0]
@@ -170,29 +190,176 @@ def per_row(values):
     return tl.permute(values, (1, 0, 4, 2, 3)).reshape(W, R * 16, 1, 4, 1).to(tl.float32)
 
 
+@triton.constexpr_function
+def _packed_bits(block, width):
+    """Bits of one load of per-block values: a lane's are `2 * 256 / block` of `width` bits. Never
+    all of them, else Triton would see that lanes read side by side, and number lanes by that."""
+    return min(64, max(1, 256 // block if block > 0 else 1) * width)
+
+
+@triton.constexpr_function
+def loads(block, width):
+    """Loads for a lane's per-block values of a tile."""
+    return 2 * max(1, 256 // block if block > 0 else 1) * width // _packed_bits(block, width)
+
+
+@triton.constexpr_function
+def _integer(bits):
+    return {64: tl.int64, 32: tl.int32, 16: tl.int16}[bits]
+
+
 @triton.jit
-def block_values(ptr, band, tile, tiles, valid, BLOCK: tl.constexpr, EVEN: tl.constexpr):
-    """Per-block values of a tile `[R, W, g 8, t 4, r 2, 256 / BLOCK]` (the same for every t)."""
-    R: tl.constexpr = band.shape[1]
-    W: tl.constexpr = tile.shape[2]
+def block_pointers(ptr, band, last_band, first, tiles, R: tl.constexpr, BLOCK: tl.constexpr):
+    """Where a lane's per-block values of the tiles `first [1, W, 1, 1]` begin, for R bands from
+    `band [1, W, 1, 1]` on: a tuple of pointers to integers, one per band; see block_values.
+
+    Each has no more elements than lanes: Triton then loads them where they are wanted, and not
+    with other lanes, from which they had to be sent through shared memory.
+    """
+    COUNT: tl.constexpr = loads(BLOCK, ptr.dtype.element_ty.primitive_bitwidth)
+    PER: tl.constexpr = BLOCK // 256 if BLOCK > 256 else 1
+    kind: tl.constexpr = _integer(_packed_bits(BLOCK, ptr.dtype.element_ty.primitive_bitwidth))
+    if LANES_FIRST:
+        g = tl.arange(0, 8)[None, :, None, None]
+        t = tl.arange(0, 4)[:, None, None, None]
+        band = tl.permute(band, (3, 2, 1, 0))
+        first = tl.permute(first, (3, 2, 1, 0))
+    else:
+        g = tl.arange(0, 8)[None, None, :, None]
+        t = tl.arange(0, 4)[None, None, None, :]
+    pointers = ()
+    for r in tl.static_range(R):
+        place = tl.minimum(band + r, last_band).to(tl.int64)
+        if BLOCK != 0:
+            place *= (tiles + PER - 1) // PER
+        if BLOCK != 0 and PER == 1:
+            place += first
+        # never a tensor of pointers to bytes: Triton orders the left operand's columns by them
+        at = ptr.to(tl.pointer_type(kind)) + ((place * 8 + g) * COUNT + t * 0)
+        pointers = pointers + (at,)
+    return pointers
+
+
+@triton.jit
+def block_values(
+    pointers, step, tile, valid, COUNT: tl.constexpr, BLOCK: tl.constexpr, EVEN: tl.constexpr
+):
+    """A lane's per-block values of the tiles `tile = step + first [1, W, 1, 1]`, packed: a tuple of
+    COUNT integers `[R, W, g 8, t 4]` (the same for every t)."""
+    PER: tl.constexpr = BLOCK // 256 if BLOCK > 256 else 1
+    R: tl.constexpr = len(pointers)
+    if LANES_FIRST:
+        tile = tl.permute(tile, (3, 2, 1, 0))
+        valid = tl.permute(valid, (3, 2, 1, 0))
+    packed = ()
+    for i in tl.static_range(COUNT):
+        words = ()
+        for r in tl.static_range(R):
+            at = pointers[r] + i
+            if PER > 1:
+                at += tile // PER * (8 * COUNT)
+            elif BLOCK != 0:
+                at += step * (8 * COUNT)
+            if EVEN:
+                word = tl.load(at)
+            else:
+                word = tl.load(at, mask=valid, other=0)
+            if LANES_FIRST:
+                word = tl.permute(word, (3, 2, 1, 0))
+            words = words + (word,)
+        packed = packed + (_stacked(words),)
+    return packed
+
+
+@triton.jit
+def _stacked(words):
+    """R tensors `[1, W, 8, 4]` as `[R, W, 8, 4]`."""
+    R: tl.constexpr = len(words)
+    W: tl.constexpr = words[0].shape[1]
+    if R == 1:
+        stacked = words[0]
+    elif R == 2:
+        stacked = tl.permute(tl.join(words[0], words[1]), (4, 0, 1, 2, 3)).reshape(2, W, 8, 4)
+    else:
+        low = _stacked((words[0], words[1]))
+        high = _stacked((words[2], words[3]))
+        stacked = tl.permute(tl.join(low, high), (4, 0, 1, 2, 3)).reshape(4, W, 8, 4)
+    return stacked
+
+
+@triton.jit
+def _unpack(packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    WIDTH: tl.constexpr = DTYPE.primitive_bitwidth
+    BITS: tl.constexpr = _packed_bits(BLOCK, WIDTH)
+    SHIFT: tl.constexpr = INDEX * WIDTH % BITS
+    word = packed[INDEX * WIDTH // BITS]
+    if DTYPE == tl.int8:
+        # never as bytes, for which Triton would order the left operand's columns differently
+        word = (word >> (SHIFT // 32 * 32)).to(tl.int32)
+        value = (word << (24 - SHIFT % 32)) >> 24
+    else:
+        kind: tl.constexpr = tl.int32 if WIDTH == 32 else tl.int16
+        value = (word >> SHIFT).to(kind).to(DTYPE, bitcast=True)
+    return value
+
+
+@triton.jit
+def pick(packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
+    """The values `[R, W, g, t, r]` of block INDEX of the tile."""
     N: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
-    per: tl.constexpr = BLOCK // 256 if BLOCK > 256 else 1
-    # what one 128-bit load takes; the rest goes to the slowest axis, so that it stays in registers
-    V: tl.constexpr = min(2 * N, 128 // ptr.dtype.element_ty.primitive_bitwidth)
-    part = tl.arange(0, 2 * N // V)[:, None, None, None, None, None]
-    g = tl.arange(0, 8)[None, None, None, :, None, None]
-    t = tl.arange(0, 4)[None, None, None, None, :, None]
-    e = tl.arange(0, V)[None, None, None, None, None, :]
-    if BLOCK == 0:
-        at = ptr + (band * 16 + g + e * 8 + t * 0 + tile * 0)
-    else:
-        block_tiles = (tiles + per - 1) // per
-        at = ptr + (band * block_tiles + tile // per) * (16 * N) + (g * (2 * N) + part * V + e)
-        at += t * 0
-        if V >= 8:  # see linear_kernel
-            at = tl.max_contiguous(at, [1, 1, 1, 2, 4, V])
-    if EVEN or BLOCK == 0:
-        values = tl.load(at)
-    else:
-        values = tl.load(at, mask=valid, other=0)
-    return tl.permute(values, (1, 2, 3, 4, 0, 5)).reshape(R, W, 8, 4, 2, N)
+    low = _unpack(packed, DTYPE, BLOCK, INDEX)
+    high = _unpack(packed, DTYPE, BLOCK, N + INDEX)
+    return tl.join(low, high)
+
+
+@triton.jit
+def word_zeros(
+    packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, DT: tl.constexpr
+):
+    """Zero points for the words of a chunk, `[R, W, 32, 8]`.
+
+    Selected, not joined: for a join among the left operand's inputs Triton orders its columns
+    differently.
+    """
+    R: tl.constexpr = packed[0].shape[0]
+    W: tl.constexpr = packed[0].shape[1]
+    N: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
+    low = _unpack(packed, DTYPE, BLOCK, INDEX).to(tl.float32).to(DT).reshape(R, W, 32, 1)
+    high = _unpack(packed, DTYPE, BLOCK, N + INDEX).to(tl.float32).to(DT).reshape(R, W, 32, 1)
+    return tl.where(tl.arange(0, 8)[None, None, None, :] < 4, low, high)
+
+
+@triton.jit
+def halves(chunks):
+    """Chunks of int32 `[R, W, 32, 4]` as int16 words `[R, W, 32, 8]`. Loops carry 32 bits: 16-bit
+    registers would be packed and unpacked in every step."""
+    R: tl.constexpr = chunks[0].shape[0]
+    W: tl.constexpr = chunks[0].shape[1]
+    words = ()
+    for c in tl.static_range(len(chunks)):
+        both = tl.join(chunks[c].to(tl.int16), (chunks[c] >> 16).to(tl.int16))
+        words = words + (both.reshape(R, W, 32, 8),)
+    return words
+
+
+@triton.jit
+def taken(chunks, FIRST: tl.constexpr, COUNT: tl.constexpr):
+    """COUNT of the chunks, from FIRST on."""
+    some = ()
+    for c in tl.static_range(COUNT):
+        some = some + (chunks[FIRST + c],)
+    return some
+
+
+@triton.jit
+def tile_words(pointers, valid, FIRST: tl.constexpr, COUNT: tl.constexpr, EVEN: tl.constexpr):
+    """COUNT chunks of a tile, from FIRST on; undefined where not `valid`: whatever is decoded from
+    them is finite, and meets zeros."""
+    chunks = ()
+    for c in tl.static_range(COUNT):
+        at = pointers + (FIRST + c) * 128
+        if EVEN:
+            chunks = chunks + (tl.load(at, eviction_policy="evict_first"),)
+        else:
+            chunks = chunks + (tl.load(at, mask=valid, eviction_policy="evict_first"),)
+    return chunks

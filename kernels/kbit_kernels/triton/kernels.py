@@ -17,14 +17,24 @@ import triton
 import triton.language as tl
 
 from kbit_kernels.triton.functions import (
+    LANES_FIRST,
+    activate,
+    after_others,
     block_of,
+    block_pointers,
     block_values,
     decode,
     dot,
     ends_block,
+    halves,
+    in_order,
+    loads,
     per_row,
     pick,
     table,
+    taken,
+    tile_words,
+    word_zeros,
 )
 
 
@@ -69,19 +79,25 @@ def linear_kernel(
     CONSTRAINTS: tl.constexpr,
     SUBTRACT: tl.constexpr,
     FILL: tl.constexpr,
+    FENCE: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+    GATE: tl.constexpr,
 ):
-    """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N]; fp32 accumulation.
+    """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N]; fp32 accumulation. With GATE:
+    out [M, N / 2] = GATE(of rows 0..7 of every 16) * rows 8..15.
 
     `tiles` = ceil(K / 256). SPLIT programs share an output: each writes its part to `partial`, the
     last to arrive (by `counter`, which it sets back to 0) adds them in the order of the splits, so
     that results do not depend on timing and nothing needs clearing between calls.
     """
     DT: tl.constexpr = x_ptr.dtype.element_ty
+    SCALE: tl.constexpr = scales_ptr.dtype.element_ty
+    SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
+    ZEROS: tl.constexpr = loads(BLOCK, zeros_ptr.dtype.element_ty.primitive_bitwidth)
     W: tl.constexpr = WN * WK
     ROWS: tl.constexpr = R * 16
     MB: tl.constexpr = BM // 8
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     pid_n = tl.program_id(0)
     pid_m = tl.program_id(1)
     pid_s = tl.program_id(2)
@@ -89,65 +105,78 @@ def linear_kernel(
 
     warp4 = tl.arange(0, W)[None, :, None, None]
     lane = tl.arange(0, 32)[None, None, :, None]
-    word = tl.arange(0, 8)[None, None, None, :]
+    two = tl.arange(0, 4)[None, None, None, :]
     first4 = pid_s * WK + warp4 % WK
     last_band = (N + 15) // 16 - 1  # bands beyond the matrix repeat the last one, unstored
-    band4 = (pid_n * WN + warp4 // WK) * R + tl.arange(0, R)[:, None, None, None]
-    band4 = tl.minimum(band4, last_band).to(tl.int64)
-    w_ptrs = words_ptr + band4 * (tiles * (BITS * 256)) + (first4 * (BITS * 256) + lane * 8 + word)
+    band = (pid_n * WN + warp4 // WK) * R
+    band4 = tl.minimum(band + tl.arange(0, R)[:, None, None, None], last_band).to(tl.int64)
+    w_ptrs = words_ptr.to(tl.pointer_type(tl.int32))
+    w_ptrs += band4 * (tiles * (BITS * 128)) + (first4 * (BITS * 128) + lane * 4 + two)
 
-    warp5 = tl.arange(0, W)[None, :, None, None, None]
+    if LANES_FIRST:
+        warp5 = tl.arange(0, W)[:, None, None, None, None]
+        eight = tl.arange(0, MB)[None, :, None, None, None]
+    else:
+        warp5 = tl.arange(0, W)[None, :, None, None, None]
+        eight = tl.arange(0, MB)[:, None, None, None, None]
     first5 = pid_s * WK + warp5 % WK
-    warp6 = tl.arange(0, W)[None, None, :, None, None, None]
-    first6 = pid_s * WK + warp6 % WK
-    band6 = pid_n * WN + warp6 // WK
-    band6 = band6 * R + tl.arange(0, R)[None, :, None, None, None, None]
-    band6 = tl.minimum(band6, last_band).to(tl.int64)
     g = tl.arange(0, 8)[None, None, :, None, None]
     t = tl.arange(0, 4)[None, None, None, :, None]
     i = tl.arange(0, 4 * SPAN)[None, None, None, None, :]
-    row = pid_m * BM + tl.arange(0, MB)[:, None, None, None, None] * 8 + g
+    row = pid_m * BM + eight * 8 + g
     row = tl.minimum(row, M - 1)  # rows beyond M repeat the last one and are not stored
     column = first5 * 256 + t * (4 * SPAN) + i
     x_ptrs = x_ptr + (row.to(tl.int64) * K + column)
 
     # Lanes before warps: triton 3.6 gives lanes to the axes with the longest runs first, and what
     # is said of any axis but the last serves for nothing else. It must stay below the last one's.
-    w_ptrs = tl.max_contiguous(w_ptrs, [1, 1, 2, 8])
+    w_ptrs = tl.max_contiguous(w_ptrs, [1, 1, 2, 4])
     x_ptrs = tl.max_contiguous(x_ptrs, [1, 1, SPAN, 2 * SPAN, 4 * SPAN])
 
+    # With few rows of x registers are left for a whole tile of weights, which is asked for at the
+    # end of the step before; weights are nobody's result, so the first one before others are
+    # waited for. With more rows chunks are asked for as they are used.
+    AHEAD: tl.constexpr = BM == 8
+    valid4 = first4 < tiles
+    if AHEAD:
+        words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, EVEN_TILES)
+    if BLOCK != 0:
+        scales_at = block_pointers(scales_ptr, band, last_band, first4, tiles, R, BLOCK)
+        scales = block_values(scales_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
+    if KIND == "uint":
+        zeros_at = block_pointers(zeros_ptr, band, last_band, first4, tiles, R, BLOCK)
+        zeros = block_values(zeros_at, 0, first4, valid4, ZEROS, BLOCK, EVEN_TILES)
+    if HAS_MEANS:
+        means_at = block_pointers(means_ptr, band, last_band, first4, tiles, R, BLOCK)
+        means = block_values(means_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
     acc = tl.zeros([W, ROWS, BM], tl.float32)
+    after_others(OVERLAPS)
     for step in range(0, tiles, WK * SPLIT):
-        valid4 = step + first4 < tiles
-        tile6 = step + first6
-        valid6 = tile6 < tiles
-        if BLOCK != 0:
-            scales = block_values(scales_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
-        if KIND == "uint":
-            zeros = block_values(zeros_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
-            zeros = zeros.to(tl.float32).to(DT)
-        if HAS_MEANS:
-            means = block_values(means_ptr, band6, tile6, tiles, valid6, BLOCK, EVEN_TILES)
+        # else the compiler would ask for most of the tile late, to save registers
+        in_order(FENCE, False)
         part = tl.zeros([W, ROWS, BM], tl.float32)
         x_sum = tl.zeros([W, ROWS, BM], tl.float32)
         for u in tl.static_range(SUBTILES):
-            words = ()
-            for c in tl.static_range(CHUNKS):
-                at = w_ptrs + (u * CHUNKS + c) * 256
-                if EVEN_TILES:
-                    words = words + (tl.load(at, eviction_policy="evict_first"),)
-                else:
-                    words = words + (
-                        tl.load(at, mask=valid4, other=0, eviction_policy="evict_first"),
-                    )
+            if AHEAD:
+                chunks = taken(words, u * CHUNKS, CHUNKS)
+            else:
+                chunks = tile_words(w_ptrs, valid4, u * CHUNKS, CHUNKS, EVEN_TILES)
             values = decode(
-                words, registers, table_ptr, PTX, CONSTRAINTS, FIELDS, BITS, KIND, EXPONENT, DT
+                halves(chunks),
+                registers,
+                table_ptr,
+                PTX,
+                CONSTRAINTS,
+                FIELDS,
+                BITS,
+                KIND,
+                EXPONENT,
+                DT,
             )
             for pair in tl.static_range(OUTPUTS // SPAN):
                 if BM >= 32:
-                    # else the compiler loads all of x ahead, until registers spill; the warps that
-                    # share these columns also meet in the first-level cache
-                    tl.debug_barrier()
+                    # else it would ask for all of x at once, until registers spill
+                    in_order(FENCE, True)
                 at = x_ptrs + (u * (256 // SUBTILES) + pair * (16 * SPAN))
                 if EVEN_K and EVEN_TILES:
                     x = tl.load(at)
@@ -155,11 +184,10 @@ def linear_kernel(
                     inside = step * 256 + column + (u * (256 // SUBTILES) + pair * (16 * SPAN)) < K
                     x = tl.load(at, mask=inside, other=0.0)
                 # [mb, w, g, t, d, hi, lo] -> [w, k, m = (mb, g)] for each d
+                if LANES_FIRST:
+                    x = tl.permute(x, (1, 0, 2, 3, 4))
                 x = x.reshape(MB, W, 8, 4, SPAN, 2, 2)
-                if KIND == "uint":
-                    x = tl.permute(x, (1, 3, 5, 6, 0, 2, 4))
-                else:
-                    x = tl.permute(x, (1, 5, 3, 6, 0, 2, 4))
+                x = tl.permute(x, (1, 5, 3, 6, 0, 2, 4))
                 x = x.reshape(W, 16, BM, SPAN)
                 if SPAN == 2:
                     x_even, x_odd = tl.split(x)
@@ -173,21 +201,22 @@ def linear_kernel(
                         x_d = x_odd
                     a = values[pair * SPAN + d]
                     if KIND == "uint":
-                        z = pick(zeros, BLOCKS, block_of(u, pair * SPAN + d, SUBTILES, BLOCK))
-                        z = tl.broadcast_to(z.reshape(R, W, 8, 4, 2, 1), (R, W, 8, 4, 2, 4))
-                        z = z.reshape(R, W, 32, 8)
+                        z = word_zeros(
+                            zeros,
+                            zeros_ptr.dtype.element_ty,
+                            BLOCK,
+                            block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
+                            DT,
+                        )
                         if SUBTRACT == "":
                             a = (a.to(tl.float32) - z.to(tl.float32)).to(DT)
                         else:
                             a = tl.inline_asm_elementwise(
-                                SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=True, pack=2
+                                SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=False, pack=2
                             )
                     # [R, w, g, t, r, hi, lo] -> [w, rows = (R, r, g), k]
                     a = a.reshape(R, W, 8, 4, 2, 2, 2)
-                    if KIND == "uint":
-                        a = tl.permute(a, (1, 0, 4, 2, 3, 5, 6))
-                    else:
-                        a = tl.permute(a, (1, 0, 4, 2, 5, 3, 6))
+                    a = tl.permute(a, (1, 0, 4, 2, 5, 3, 6))
                     a = a.reshape(W, ROWS, 16)
                     if BLOCK == 0:
                         acc = dot(a, x_d, acc)
@@ -197,14 +226,20 @@ def linear_kernel(
                             x_sum = dot(tl.full([W, ROWS, 16], 1.0, tl.float32).to(DT), x_d, x_sum)
                         if ends_block(u, pair * SPAN + d, SUBTILES, BLOCK):
                             s = per_row(
-                                pick(scales, BLOCKS, block_of(u, pair * SPAN + d, SUBTILES, BLOCK))
+                                pick(
+                                    scales,
+                                    SCALE,
+                                    BLOCK,
+                                    block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
+                                )
                             )
                             scaled = part.reshape(W, ROWS, MB, 4, 2) * s
                             if HAS_MEANS:
                                 mean = per_row(
                                     pick(
                                         means,
-                                        BLOCKS,
+                                        SCALE,
+                                        BLOCK,
                                         block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
                                     )
                                 )
@@ -212,8 +247,18 @@ def linear_kernel(
                                 x_sum = tl.zeros([W, ROWS, BM], tl.float32)
                             acc += scaled.reshape(W, ROWS, BM)
                             part = tl.zeros([W, ROWS, BM], tl.float32)
-        w_ptrs += WK * SPLIT * (BITS * 256)
+        w_ptrs += WK * SPLIT * (BITS * 128)
         x_ptrs += WK * SPLIT * 256
+        later = step + WK * SPLIT
+        valid4 = later + first4 < tiles
+        if AHEAD:
+            words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, False)
+        if BLOCK != 0:
+            scales = block_values(scales_at, later, later + first4, valid4, SCALES, BLOCK, False)
+        if KIND == "uint":
+            zeros = block_values(zeros_at, later, later + first4, valid4, ZEROS, BLOCK, False)
+        if HAS_MEANS:
+            means = block_values(means_at, later, later + first4, valid4, SCALES, BLOCK, False)
 
     y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1)  # [WN, ROWS, BM]
     n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * ROWS + tl.arange(0, ROWS)[None, :, None]
@@ -235,12 +280,23 @@ def linear_kernel(
     inside = (n < N) & (pid_m * BM + m < M)
     at = (pid_m * BM + m).to(tl.int64) * N + n
     if BLOCK == 0:
-        y *= tl.load(scales_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+        # [band, g, r], see layout.tile_blocks
+        place = n // 16 * 16 + n % 8 * 2 + n // 8 % 2
+        y *= tl.load(scales_ptr + place, mask=n < N, other=0.0).to(tl.float32)
     y *= factor
     if HAS_EXTRA:
         y += tl.load(extra_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
         y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATE != "":
+        # the upper eight rows of a band are gates, the lower eight what they let through
+        y = tl.permute(y.reshape(WN, R, 2, 8, BM), (0, 1, 3, 4, 2))
+        gate, through = tl.split(y.reshape(WN, R * 8, BM, 2))
+        y = activate(gate, GATE) * through
+        n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * (R * 8)
+        n += tl.arange(0, R * 8)[None, :, None]
+        inside = (n < N // 2) & (pid_m * BM + m < M)
+        at = (pid_m * BM + m).to(tl.int64) * (N // 2) + n
     tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -272,8 +328,10 @@ def dequantize_kernel(
 ):
     """out [N, K] = the weights in out's dtype; a program takes one band of 16 rows and W tiles."""
     DT: tl.constexpr = out_ptr.dtype.element_ty
+    SCALE: tl.constexpr = scales_ptr.dtype.element_ty
+    SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
+    ZEROS: tl.constexpr = loads(BLOCK, zeros_ptr.dtype.element_ty.primitive_bitwidth)
     OUTPUTS: tl.constexpr = len(FIELDS)
-    BLOCKS: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1
     registers = table(table_ptr, KIND, FILL)
     band = tl.program_id(0)
     warp4 = tl.arange(0, W)[None, :, None, None]
@@ -282,13 +340,16 @@ def dequantize_kernel(
     tile4 = tl.program_id(1) * W + warp4
     w_ptrs = words_ptr + (band.to(tl.int64) * tiles + tile4) * (BITS * 256) + (lane * 8 + word)
 
-    band6 = band.to(tl.int64) + tl.zeros([1, 1, 1, 1, 1, 1], tl.int32)
-    tile6 = tl.program_id(1) * W + tl.arange(0, W)[None, None, :, None, None, None]
-    scales = block_values(scales_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+    band4 = band + tl.zeros([1, 1, 1, 1], tl.int32)
+    valid4 = tile4 < tiles
+    scales_at = block_pointers(scales_ptr, band4, band, tile4, tiles, 1, BLOCK)
+    scales = block_values(scales_at, 0, tile4, valid4, SCALES, BLOCK, False)
     if KIND == "uint":
-        zeros = block_values(zeros_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+        zeros_at = block_pointers(zeros_ptr, band4, band, tile4, tiles, 1, BLOCK)
+        zeros = block_values(zeros_at, 0, tile4, valid4, ZEROS, BLOCK, False)
     if HAS_MEANS:
-        means = block_values(means_ptr, band6, tile6, tiles, tile6 < tiles, BLOCK, False)
+        means_at = block_pointers(means_ptr, band4, band, tile4, tiles, 1, BLOCK)
+        means = block_values(means_at, 0, tile4, valid4, SCALES, BLOCK, False)
 
     # stored as [r, w, g, t * (columns of a lane)]
     rows = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
@@ -306,7 +367,7 @@ def dequantize_kernel(
         )
         for pair in tl.static_range(OUTPUTS // SPAN):
             # the outputs of a pair lie in one block
-            s = pick(scales, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+            s = pick(scales, SCALE, BLOCK, block_of(u, pair * SPAN, SUBTILES, BLOCK))
             s = (s.to(tl.float32) * factor).reshape(1, W, 8, 4, 2, 1)
             a = values[pair * SPAN]
             if SPAN == 2:
@@ -315,11 +376,16 @@ def dequantize_kernel(
             a = tl.permute(a.reshape(1, W, 8, 4, 2, 4, SPAN), (0, 1, 2, 3, 4, 6, 5))
             a = a.reshape(1, W, 8, 4, 2, 4 * SPAN).to(tl.float32)
             if KIND == "uint":
-                z = pick(zeros, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+                z = pick(
+                    zeros,
+                    zeros_ptr.dtype.element_ty,
+                    BLOCK,
+                    block_of(u, pair * SPAN, SUBTILES, BLOCK),
+                )
                 a -= z.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
             a *= s
             if HAS_MEANS:
-                mean = pick(means, BLOCKS, block_of(u, pair * SPAN, SUBTILES, BLOCK))
+                mean = pick(means, SCALE, BLOCK, block_of(u, pair * SPAN, SUBTILES, BLOCK))
                 a += mean.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
             a = tl.permute(a, (0, 4, 1, 2, 3, 5)).reshape(2, W, 8, 16 * SPAN)
             k = columns + (u * (256 // SUBTILES) + pair * (16 * SPAN))

@@ -267,18 +267,14 @@ def tile_blocks(values: "torch.Tensor", shape: tuple[int, int], block: int) -> "
 
     For blocks up to 256: `[bands, tiles, 8 (g), 2 (r), 256 / block]`, so that a lane's values of a
     tile are contiguous; for larger ones the same with one value and a tile of `block` columns; for
-    whole rows (block 0) `[bands * 16]`. What lies beyond the matrix is 0.
+    whole rows (block 0) one tile. What lies beyond the matrix is 0.
     """
     import torch
 
     rows, columns = shape
     bands, _ = padded(rows, columns)
-    if block == 0:
-        flat = torch.zeros(bands * ROWS, dtype=values.dtype, device=values.device)
-        flat[:rows] = values[:, 0]
-        return flat
     width = max(block, COLUMNS)
-    tiles, each = -(-columns // width), width // block
+    tiles, each = (-(-columns // width), width // block) if block else (1, 1)
     out = torch.zeros((bands * ROWS, tiles * each), dtype=values.dtype, device=values.device)
     out[:rows, : values.shape[1]] = values
     return out.reshape(bands, 2, 8, tiles, each).permute(0, 3, 2, 1, 4).contiguous()

@@ -4,6 +4,7 @@ On "cpu", under Triton's interpreter, the same code runs uncaptured on the host'
 what measures can be tried where there is no GPU; such times mean nothing.
 """
 
+import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -14,7 +15,7 @@ import torch
 
 from kbit_kernels.formats import codebook_of
 from kbit_kernels.spec import QuantSpec
-from kbit_kernels.triton.configs import gpu_class, heuristic, most_rows
+from kbit_kernels.triton.configs import gpu_class, heuristic
 from kbit_kernels.triton.device import (
     DTYPE_NAMES,
     DeviceTensor,
@@ -23,10 +24,13 @@ from kbit_kernels.triton.device import (
     fused_linear,
     kernel_spec,
     make_table,
+    zeros_dtype,
 )
 from kbit_kernels.triton.layout import CHUNK_WORDS, COLUMNS, padded, scheme_of
 
 CROSS_OVERS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of x, tried in this order
+WARMING_COPIES = 1000  # of 1 GiB: about a second
+CALLS = 24  # in one graph, at least
 COLD_BYTES = 256 << 20  # a round touches more than any second-level cache holds
 
 
@@ -43,11 +47,11 @@ def random_weight(
     half, kernel = DTYPE_NAMES[dtype], kernel_spec(spec)
     scheme = scheme_of(kernel)
     width = max(kernel.block, COLUMNS)
-    groups = (bands, -(-columns // width), 8, 2, width // kernel.block) if kernel.block else None
+    each = (-(-columns // width), width // kernel.block) if kernel.block else (1, 1)
+    groups = (bands, each[0], 8, 2, each[1])
 
     def blocks(scale: float) -> torch.Tensor:
-        shape = groups or (bands * 16,)
-        return torch.rand(shape, device=device).mul_(scale).to(torch.float16)
+        return torch.rand(groups, device=device).mul_(scale).to(torch.float16)
 
     table = None
     if scheme.kind == "table":
@@ -58,7 +62,8 @@ def random_weight(
     words = torch.empty((bands, tiles, spec.bits * CHUNK_WORDS), dtype=torch.int16, device=device)
     zeros = None
     if scheme.kind == "uint":
-        zeros = torch.zeros(groups or (bands * 16,), dtype=torch.int8, device=device)
+        kind = torch.int8 if zeros_dtype(kernel) is np.int8 else torch.int16
+        zeros = torch.zeros(groups, dtype=kind, device=device)
     return DeviceTensor(
         spec=spec,
         shape=shape,
@@ -82,17 +87,20 @@ def copies(nbytes: int) -> int:
 
 
 class Timed:
-    """Calls captured into one CUDA graph, one after the other.
+    """Calls captured into one CUDA graph, one after the other, each often enough that starting the
+    graph, some microseconds, does not count.
 
     Replaying leaves no launch overhead in the time; each call should use weights of its own.
     """
 
     def __init__(self, calls: Sequence[Callable[[], object]], device: str = "cuda") -> None:
-        self.calls = len(calls)
         if device == "cpu":
+            self.calls = len(calls)
             self.replay: Callable[[], object] = lambda: [call() for call in calls]
-            self.us = self._host_us
+            self._on_device = False
             return
+        repeats = -(-CALLS // len(calls))
+        self.calls = repeats * len(calls)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # compiles, and fills allocator and library caches
@@ -100,12 +108,22 @@ class Timed:
             calls[0]()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.kept = [call() for call in calls]
+        # a graph that is collected during the capture of another one spoils it
+        gc.disable()
+        try:
+            with torch.cuda.graph(graph):
+                self.kept = [call() for call in calls * repeats]
+        finally:
+            gc.enable()
         self.replay = graph.replay
-        self.us = self._device_us
+        self._on_device = True
 
-    def _device_us(self) -> float:
+    def us(self) -> float:
+        """Microseconds per call of one replay."""
+        if not self._on_device:
+            started = time.perf_counter()
+            self.replay()
+            return (time.perf_counter() - started) * 1e6 / self.calls
         start = torch.cuda.Event(enable_timing=True)
         stop = torch.cuda.Event(enable_timing=True)
         start.record()
@@ -113,11 +131,6 @@ class Timed:
         stop.record()
         stop.synchronize()
         return start.elapsed_time(stop) * 1e3 / self.calls
-
-    def _host_us(self) -> float:
-        started = time.perf_counter()
-        self.replay()
-        return (time.perf_counter() - started) * 1e6 / self.calls
 
 
 def medians_us(timed: Mapping[str, Timed], rounds: int = 15) -> dict[str, float]:
@@ -136,6 +149,9 @@ def copy_bandwidth_gb_s(nbytes: int = 1 << 30, device: str = "cuda") -> float:
     """Bytes read plus written per second of a large device-to-device copy."""
     source = torch.empty(nbytes, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
+    if device != "cpu":  # an idle card's clock takes a moment to rise
+        for _ in range(WARMING_COPIES):
+            target.copy_(source)
     us = medians_us({"copy": Timed([lambda: target.copy_(source)], device)})["copy"]
     return 2 * source.nbytes / us / 1e3
 
@@ -154,7 +170,7 @@ def cross_over_rows(
     most = 0
     for rows in CROSS_OVERS:
         x = torch.randn((rows, k), dtype=torch.float16, device=device)
-        config = heuristic(rows, n, k, gpu, sms, most_rows(spec))
+        config = heuristic(rows, n, k, gpu, sms)
         ways = {
             "fused": [partial(fused_linear, x, weight, config) for weight in weights],
             "dense": [partial(dequantized_linear, x, weight) for weight in weights],

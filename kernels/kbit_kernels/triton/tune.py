@@ -1,7 +1,7 @@
 """Search of configurations on the card at hand; `kbit tune` calls it, nothing else does."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median_low
 
@@ -19,7 +19,6 @@ from kbit_kernels.triton.configs import (
     fits,
     gpu_class,
     heuristic,
-    most_rows,
     tuned_path,
     write,
 )
@@ -39,13 +38,13 @@ class Found:
     rule_us: float
 
 
-def candidates(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) -> list[Config]:
+def candidates(rows: int, n: int, k: int, gpu: str, sms: int) -> list[Config]:
     """What is worth measuring: the rule's choice first, then its neighbours."""
-    rule = heuristic(rows, n, k, gpu, sms, most)
+    rule = heuristic(rows, n, k, gpu, sms)
     tiles = -(-k // COLUMNS)
     found = [rule]
-    for bands in (1, 2) if rule.rows_x <= 32 else (1,):
-        for warps_n in (1, 2) if rule.rows_x <= 16 else (2, 4):
+    for bands in (1, 2) if rule.rows_x <= 16 else (1,):
+        for warps_n in (1, 2):
             for warps_k in (1, 2, 4, 8):
                 if warps_n * warps_k > MAX_WARPS or warps_k > tiles:
                     continue
@@ -54,7 +53,8 @@ def candidates(rows: int, n: int, k: int, gpu: str, sms: int, most: int = 64) ->
                     warps = programs * warps_n * warps_k
                     # fewer than 4 warps a multiprocessor can't load at full speed
                     if warps_k * split <= tiles and 4 * sms <= warps <= 96 * sms:
-                        found.append(Config(rule.rows_x, bands, warps_n, warps_k, split))
+                        plain = Config(rule.rows_x, bands, warps_n, warps_k, split)
+                        found += [plain, replace(plain, overlap=True)]
     return list(dict.fromkeys(found))
 
 
@@ -78,7 +78,7 @@ def tune(
         weights = [first]
         weights += [random_weight(spec, (n, k)) for _ in range(copies(first.nbytes) - 1)]
         x = torch.randn((m, k), dtype=torch.float16, device="cuda")
-        configs = candidates(m, n, k, gpu, sms, most_rows(spec))
+        configs = candidates(m, n, k, gpu, sms)
         configs = [config for config in configs if fits(config, spec)]
 
         def timed(
