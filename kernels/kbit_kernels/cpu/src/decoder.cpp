@@ -107,6 +107,7 @@ Decoder::State::State(const DecoderSpec& decoder)
   }
   block.delta_stride = spec.hidden;
   for (int64_t* stride : {&block.qkv_stride, &block.attention_stride, &block.up_stride, &block.delta_stride}) {
+    *stride = (*stride + 15) / 16 * 16;
     if (*stride % 1024 == 0) *stride += 16;  // else the tokens of a tile meet in one set of the cache
   }
   per_token += block.qkv_stride + block.attention_stride + 2 * block.up_stride;
