@@ -1,12 +1,6 @@
 // Products with many tokens by AMX. Instructions are written out, because gcc 12 takes stores that
 // only they read for dead ones. Included in the namespace of AVX-512, which does all the rest.
 
-struct alignas(64) TileShapes {
-  uint8_t palette = 1, start = 0, reserved[14] = {};
-  uint16_t column_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
-  uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
-};
-
 constexpr int kAmxTokens = 16;
 
 // A panel of 32 rows is dequantized a stretch of columns at a time, and multiplied with all tokens.
@@ -231,10 +225,11 @@ static void run_amx(const Matrix& m, const Input& in, float* y, int64_t stride, 
   const int64_t stretch = stretch_of(m.cols());
   const TileShapes shapes;
   asm volatile("ldtilecfg %0" ::"m"(shapes));
-  for (int64_t n = begin; n < end; n += kTileRows) {
-    const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
-    for (int64_t column = 0; column < m.cols(); column += stretch) {
-      const int columns = static_cast<int>(least(stretch, m.cols() - column));
+  // a stretch of the inputs stays in the cache for all rows
+  for (int64_t column = 0; column < m.cols(); column += stretch) {
+    const int columns = static_cast<int>(least(stretch, m.cols() - column));
+    for (int64_t n = begin; n < end; n += kTileRows) {
+      const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
       panel.fill(m, decode, n, rows, column, columns);
       panel.products(in, column, columns, y + n, stride, rows);
     }

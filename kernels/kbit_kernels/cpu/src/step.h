@@ -57,7 +57,7 @@ struct Layer {
 // One thread's own memory.
 struct Worker {
   Inputs inputs;
-  Buffer h, x, q, state, scratch, slopes;
+  Buffer h, x, gate, q, state, scratch, slopes;
   std::vector<int64_t> low, high, position, starts;
 };
 
@@ -77,7 +77,7 @@ struct Block {
   int64_t count() const { return static_cast<int64_t>(tokens.size()); }
 };
 
-constexpr int64_t kTileRows = 48;  // queries of a tile of a prompt's attention
+constexpr int64_t kTileRows = 96;  // queries of a tile of a prompt's attention
 
 // Attention (attention.cpp). All threads call these with the q, k, v of all tokens computed.
 class AttentionPass {
@@ -89,8 +89,8 @@ class AttentionPass {
 
   // Writes keys and values to the cache and computes this thread's part of the sums.
   void run();
-  // The concatenated heads of token t, all threads' parts together; after a barrier.
-  void collect(int64_t t, float* x);
+  // The concatenated heads of token t, all threads' parts together (in x); after a barrier.
+  const float* collect(int64_t t, float* x);
 
   // Floats of `partials` that a block of single tokens needs.
   static int64_t partials(const Layer& layer, int64_t tokens, int threads) {
