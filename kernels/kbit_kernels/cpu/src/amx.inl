@@ -12,13 +12,6 @@ static int64_t stretch_of(int64_t cols) {
   return (cols + count * 64 - 1) / (count * 64) * 64;
 }
 
-// Weights of a row of the panel, zero up to a multiple of 64 columns.
-static void panel_row(const Matrix& m, Decode<32> decode, int64_t row, int64_t column, int columns, float* values) {
-  decode(m, row, column, columns, values);
-  scale_row(m, row, column, columns, values);
-  for (int i = columns; i % 64 != 0; ++i) values[i] = 0;
-}
-
 // int16: weights and inputs are two signed bytes, 256 * upper + lower, with one scale a row (or token)
 // and stretch. Three integer products; that of the lower bytes is less than what rounding costs.
 struct AmxDigits {
@@ -71,11 +64,15 @@ struct AmxDigits {
     in.scales[token * in.blocks + column / stretch_of(in.matrix->cols())] = split(values, columns, out, out + in.padded);
   }
 
-  void fill(const Matrix& m, Decode<32> decode, int64_t first, int rows, int64_t column, int columns) {
+  void fill(const Matrix& m, int64_t first, int rows, int64_t column, int columns) {
+    const Decode<32> decode = decode_of<32>(m);
     alignas(64) float values[kStretch + 64];
     const int whole = (columns + 63) / 64 * 64;
     for (int r = 0; r < kTileRows; ++r) {
-      panel_row(m, decode, first + least(r, rows - 1), column, columns, values);
+      const int64_t row = first + least(r, rows - 1);
+      decode(m, row, column, columns, values);
+      scale_row(m, row, column, columns, values);
+      for (int i = columns; i < whole; ++i) values[i] = 0;
       scales[r] = split(values, whole, staged[0][r], staged[1][r]);
     }
     for (int digit = 0; digit < 2; ++digit) {
@@ -133,33 +130,86 @@ struct AmxDigits {
 // weights have their scales already. 32 tokens at a time.
 struct AmxBf16 {
   alignas(64) uint32_t weights[kStretch / 2][kTileRows];  // two columns each
-  alignas(64) uint16_t staged[kTileRows][kStretch];
+  alignas(64) uint8_t staged[kTileRows][kStretch];
+  alignas(64) uint32_t codes[kStretch / 4][kTileRows];  // of four columns
+  alignas(64) float scale[kStretch / 16][kTileRows], offset[kStretch / 16][kTileRows];
   alignas(64) float spare[32][kTileRows];  // sums that do not fill whole tiles of y
 
-  static __m512i rounded(const float* p) {
+  static __m512i rounded(V::F a, V::F b) {
     __m512i both;
-    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(V::load(p + 16)), "v"(V::load(p)));
+    asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(b), "v"(a));
     return both;
   }
 
   static void load(const Input& in, int64_t token, int64_t column, int columns, const float* values) {
     uint16_t* out = static_cast<uint16_t*>(in.values) + token * in.padded + column;
-    for (int i = 0; i < columns; i += 32) _mm512_storeu_si512(out + i, rounded(values + i));
+    for (int i = 0; i < columns; i += 32) _mm512_storeu_si512(out + i, rounded(V::load(values + i), V::load(values + i + 16)));
   }
 
-  void fill(const Matrix& m, Decode<32> decode, int64_t first, int rows, int64_t column, int columns) {
-    alignas(64) float values[kStretch + 64];
-    const int whole = (columns + 31) / 32 * 32;
-    for (int r = 0; r < kTileRows; ++r) {
-      panel_row(m, decode, first + least(r, rows - 1), column, columns, values);
-      for (int i = 0; i < whole; i += 32) _mm512_store_si512(staged[r] + i, rounded(values + i));
-    }
-    const auto* in = reinterpret_cast<const uint32_t*>(staged);
-    for (int pair = 0; pair < whole / 2; pair += 16) {
+  // How a code in the low byte of a lane becomes a number; bytes above are anything.
+  enum Kind { kTable16, kTable32, kInteger, kTable256 };
+  template <Kind KIND>
+  static V::F value(__m512i code, const float* table) {
+    const __m512i byte = _mm512_and_si512(code, _mm512_set1_epi32(255));
+    if (KIND == kTable16) return _mm512_permutexvar_ps(code, V::load(table));
+    if (KIND == kTable32) return _mm512_permutex2var_ps(V::load(table), code, V::load(table + 16));
+    if (KIND == kTable256) return _mm512_i32gather_ps(byte, table, 4);
+    return _mm512_cvtepi32_ps(byte);
+  }
+
+  // Lane i: a's and b's.
+  static __m512i pair(V::F a, V::F b) {
+    struct Turns {
+      alignas(64) uint16_t at[32];
+      constexpr Turns() : at() {
+        for (int i = 0; i < 32; ++i) at[i] = static_cast<uint16_t>(i / 2 + i % 2 * 16);
+      }
+    };
+    return _mm512_permutexvar_epi16(V::constant<Turns>(), rounded(a, b));
+  }
+
+  template <Kind KIND>
+  void expand(int step, int columns, const float* table) {
+    for (int column = 0; column < columns; column += 4) {
+      const int block = column / step;
+      KBIT_UNROLL
       for (int r = 0; r < kTileRows; r += 16) {
-        V::transpose(in + r * (kStretch / 2) + pair, kStretch / 2, weights[pair] + r, kTileRows);
+        const __m512i four = _mm512_load_si512(codes[column / 4] + r);
+        const V::F s = V::load(scale[block] + r), o = V::load(offset[block] + r);
+        const auto weight = [&](__m512i code) { return V::fma(value<KIND>(code, table), s, o); };
+        _mm512_store_si512(weights[column / 2] + r, pair(weight(four), weight(_mm512_srli_epi32(four, 8))));
+        _mm512_store_si512(weights[column / 2 + 1] + r,
+                           pair(weight(_mm512_srli_epi32(four, 16)), weight(_mm512_srli_epi32(four, 24))));
       }
     }
+  }
+
+  void fill(const Matrix& m, int64_t first, int rows, int64_t column, int columns) {
+    const Tensor& t = m.tensor;
+    const Decode<8> decode = decode_of<8, false>(t.bits);
+    const int whole = (columns + 31) / 32 * 32, blocks = (columns + m.step - 1) / m.step;
+    const float center = t.storage == kInt ? -static_cast<float>(1 << (t.bits - 1)) : 0;
+    const Meaning meant{1, center, center != 0 || t.zeros != nullptr || t.means != nullptr};
+    alignas(64) float s[kStretch / 16 + 16], o[kStretch / 16 + 16];
+    for (int r = 0; r < kTileRows; ++r) {
+      const int64_t row = first + least(r, rows - 1);
+      decode(m, row, column, columns, staged[r]);
+      row_scales(m, row, static_cast<int>(column / m.step), blocks, meant, s, o);
+      for (int b = 0; b * m.step < whole; ++b) {  // codes beyond a row are anything
+        scale[b][r] = b < blocks ? s[b] : 0;
+        offset[b][r] = b < blocks && meant.offset ? o[b] : 0;
+      }
+    }
+    const auto* in = reinterpret_cast<const uint32_t*>(staged);
+    for (int word = 0; word < whole / 4; word += 16) {
+      for (int r = 0; r < kTileRows; r += 16) {
+        V::transpose(in + r * (kStretch / 4) + word, kStretch / 4, codes[word] + r, kTileRows);
+      }
+    }
+    if (t.storage != kCodebook) expand<kInteger>(m.step, whole, nullptr);
+    else if (t.bits <= 4) expand<kTable16>(m.step, whole, m.tables->values);
+    else if (t.bits == 5) expand<kTable32>(m.step, whole, m.tables->values);
+    else expand<kTable256>(m.step, whole, m.tables->values);
   }
 
   // Registers: 0 to 3 sums of 16 * T tokens by 32 rows, 4 and 5 inputs, 6 and 7 weights.
@@ -221,7 +271,6 @@ struct AmxBf16 {
 template <class Panel>
 static void run_amx(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin, int64_t end) {
   Panel panel;
-  const Decode<32> decode = decode_of<32>(m);
   const int64_t stretch = stretch_of(m.cols());
   const TileShapes shapes;
   asm volatile("ldtilecfg %0" ::"m"(shapes));
@@ -230,7 +279,7 @@ static void run_amx(const Matrix& m, const Input& in, float* y, int64_t stride, 
     const int columns = static_cast<int>(least(stretch, m.cols() - column));
     for (int64_t n = begin; n < end; n += kTileRows) {
       const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
-      panel.fill(m, decode, n, rows, column, columns);
+      panel.fill(m, n, rows, column, columns);
       panel.products(in, column, columns, y + n, stride, rows);
     }
   }
