@@ -25,8 +25,9 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 // float: weights dequantized in registers, fp32 sums. int8: inputs rounded to 8 bits a block, integer
 // dot products; where 16 bits cost no more (codebooks of more than 16 entries, many tokens without
 // an instruction for bytes) inputs and weights have 16; many tokens with AMX: both are bf16. int16:
-// 16 bits everywhere; its error is some 100 times smaller than int8's. Plain matrices always use float.
-enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2 };
+// 16 bits everywhere; its error is some 100 times smaller than int8's. bf16: int16, but int8's bf16
+// where that takes it. Plain matrices always use float.
+enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
 // kAmx: as kAvx512, but for many tokens.
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };

@@ -214,7 +214,7 @@ int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens)
   const Kernels& kernels = *matrix.kernels;
   const bool bytes = matrix.tensor.storage == kCodebook ? kernels.byte_codebooks
                                                         : matrix.tensor.bits <= kernels.byte_bits;
-  return arithmetic == kInt16 || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
+  return arithmetic == kInt16 || arithmetic == kBf16Prompt || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
 }
 
 // How inputs lie: see Input and order_of.
