@@ -113,8 +113,8 @@ def _known(option: str, value: str, known: Sequence[str] | dict[str, np.dtype]) 
 
 def fast_arithmetic(checkpoint: Weights, decoder: Decoder) -> str:
     """What benchmarks/results/arithmetic-*.json allow: int8 for models of up to 4 bits, bf16 for
-    those of up to 6, int16 for others. The widest matrix decides; one that isn't quantized counts for nothing, its products are
-    exact anyway."""
+    those of up to 6, int16 for others. The widest matrix decides; one that isn't quantized counts
+    for nothing, its products are exact anyway."""
     tensors = (checkpoint.tensor(i.name) for i in decoder.tensors.values() if len(i.shape) == 2)
     widths = [t.spec.bits for t in tensors if isinstance(t, QuantizedTensor)]
     most = max(widths, default=0)
