@@ -3,7 +3,7 @@
     python benchmarks/arithmetic.py NAME MODEL TEXT [--windows 16] [--context 256] [--bits 8 .. 2]
 
 Each width is `kbit quantize MODEL --bits k` with kbit's defaults. KL divergence of the native
-executor to the unquantized model with `float`, `int8` and `int16` arithmetic on the same tokens,
+executor to the unquantized model with each arithmetic on the same tokens,
 apart for those read as a prompt and those decoded step by step, since the two take different
 paths through the kernels. Writes results/arithmetic-NAME.json.
 """
@@ -20,7 +20,7 @@ from kbit.engine.executor import Executor, load_executor
 from kbit.engine.tokenizer import Tokenizer
 from record import save
 
-ARITHMETICS = ("float", "int8", "int16")
+ARITHMETICS = ("float", "int8", "int16", "bf16")
 DECODED = 32  # of a window's tokens, those that are computed one by one
 TOGETHER = 4  # windows in one batch: bounds the memory of their logits
 

@@ -24,7 +24,7 @@ from kbit_kernels import QuantizedTensor
 from peers import prompt_ids
 
 # root mean squares; unrelated logits have 1.4
-BOUND = {"float": 1e-4, "int16": 0.05, "int8": 0.4}
+BOUND = {"float": 1e-4, "int16": 0.05, "bf16": 0.1, "int8": 0.4}
 BROKEN_INT8_BOUND = 1.0  # a model that 2 bits broke moves by 0.6
 
 

@@ -2,7 +2,7 @@
 
     python benchmarks/peers.py ENGINE PATH THREADS PROMPT TOKENS
 
-Engines: kbit-float, kbit-int8, kbit-int16 (checkpoint directories), llama.cpp and
+Engines: kbit-float, -int8, -int16, -bf16 (checkpoint directories), llama.cpp and
 xllamacpp (a .gguf file), transformers-fp32, transformers-bf16, bitsandbytes-nf4, torch-int4
 (Hugging Face directories). Every engine gets the same token ids. `run` starts it as a child and
 says how much of the machine others used.

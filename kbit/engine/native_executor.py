@@ -21,7 +21,8 @@ from kbit_kernels.tensor import QuantizedTensor
 
 CACHE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 KEY_BLOCK, KEY_CHUNK = 16, 64  # kKeyBlock and kKeyChunk of plan.h
-INT8_MOST_BITS = 4  # wider weights lose to 8-bit inputs more than 2 % of their own divergence
+# wider weights lose to rounded inputs more than 2 % of their own divergence
+INT8_MOST_BITS, BF16_MOST_BITS = 4, 6
 ALIGNMENT = 64  # of keys and values: vectors that straddle cache lines load at half the speed
 
 
@@ -84,9 +85,9 @@ def load(
 
     cache_dtype: of keys and values, "fp32" or "fp16". threads: default_threads() where None.
     arithmetic: "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many
-    bits), or "fast", the fewest of them that add at most 2 % to the weights' own divergence. isa:
-    an instruction set instead of the best. Raises KbitError for unknown options and tensors that
-    don't fit.
+    bits), "bf16" (int16, and bf16 for prompts where there is AMX), or "fast", the fastest of them
+    that adds at most 2 % to the weights' own divergence. isa: an instruction set instead of the
+    best. Raises KbitError for unknown options and tensors that don't fit.
     """
     assert device == "cpu"
     if dtype != "fp32":
@@ -111,12 +112,13 @@ def _known(option: str, value: str, known: Sequence[str] | dict[str, np.dtype]) 
 
 
 def fast_arithmetic(checkpoint: Weights, decoder: Decoder) -> str:
-    """What benchmarks/results/arithmetic-*.json allow: int8 for models of up to 4 bits, int16 for
-    others. The widest matrix decides; one that isn't quantized counts for nothing, its products are
-    exact anyway."""
+    """What benchmarks/results/arithmetic-*.json allow: int8 for models of up to 4 bits, bf16 for
+    those of up to 6, int16 for others. The widest matrix decides; one that isn't quantized counts
+    for nothing, its products are exact anyway."""
     tensors = (checkpoint.tensor(i.name) for i in decoder.tensors.values() if len(i.shape) == 2)
     widths = [t.spec.bits for t in tensors if isinstance(t, QuantizedTensor)]
-    return "int8" if max(widths, default=0) <= INT8_MOST_BITS else "int16"
+    most = max(widths, default=0)
+    return "int8" if most <= INT8_MOST_BITS else "bf16" if most <= BF16_MOST_BITS else "int16"
 
 
 def default_threads() -> int:

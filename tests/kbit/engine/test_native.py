@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 LENGTH = 33
 TOLERANCE = 1e-4  # of the largest logit; fp32 weights, inputs and cache
 ROUNDING = 1e-5  # the same numbers summed in another order
+ATTENTION = 3e-4  # a prompt's by AMX: products of 16 bits
 VOCABULARY = 101
 ISAS = [isa for isa in library.ISAS if available()[0] and library.isa_available(isa)]
 
@@ -96,22 +97,26 @@ def test_every_family_agrees_with_transformers(isa: str, tiny: Tiny) -> None:  #
 
 @pytest.mark.parametrize("name", sorted(CASES))
 @pytest.mark.parametrize("cache_dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("arithmetic", ["float", "int16"])
 def test_long_ragged_batches_agree_with_torch(
     name: str,
     cache_dtype: str,
+    arithmetic: str,
     tiny_model: Callable[[str], Tiny],  # noqa: F811
 ) -> None:
-    """Several chunks of keys, windows within them, threads that share a head's keys."""
+    """Several chunks of keys, windows within them, threads that share a head's keys; of these
+    plain weights int16 rounds nothing but a prompt's attention."""
     checkpoint = open_checkpoint(tiny_model(name).path)
     decoder = describe_checkpoint(checkpoint)
     longest = decoder.max_positions if decoder.positions is not None else 300
     lengths = [longest - 20, 0, 1, longest // 2]
     mine, theirs = (
-        native(checkpoint, cache_dtype=cache_dtype, threads=3),
+        native(checkpoint, cache_dtype=cache_dtype, threads=3, arithmetic=arithmetic),
         load_executor(checkpoint, "torch", cache_dtype=cache_dtype),
     )
     caches = mine.new_cache(4, longest), theirs.new_cache(4, longest)
-    tolerance = TOLERANCE if cache_dtype == "fp32" else 5e-3
+    exact = TOLERANCE if arithmetic == "float" else ATTENTION
+    tolerance = exact if cache_dtype == "fp32" else 5e-3
     for step, counts in enumerate(
         [lengths, [1, 1, 1, 1], [1, 0, 0, 0], [0, 3, 9, 1], [1, 1, 0, 1]]
     ):
@@ -153,7 +158,7 @@ def test_quantized_weights_agree_with_torch(
     executor = native(checkpoint, threads=2)
     assert close(run(executor, text()), expected, TOLERANCE)
     assert close(run(executor, *np.split(text(), LENGTH)), expected, TOLERANCE)
-    for arithmetic, tolerance in (("int16", 2e-3), ("int8", 0.1)):
+    for arithmetic, tolerance in (("int16", 2e-3), ("bf16", 0.05), ("int8", 0.1)):
         rounded = run(native(checkpoint, threads=2, arithmetic=arithmetic), text(), text()[:1])[:-1]
         assert close(rounded, expected, tolerance)
 
@@ -162,7 +167,8 @@ def test_quantized_weights_agree_with_torch(
     ("specs", "expected"),
     [
         (("nf4-b64", "int2-b32"), "int8"),
-        (("nf4-b64", "int5-b64"), "int16"),
+        (("nf4-b64", "int5-b64"), "bf16"),
+        (("int6-b64", "int7-b64"), "int16"),
         (("int8-b64",), "int16"),
     ],
 )
@@ -218,8 +224,11 @@ def test_the_same_bits_every_time(tiny_model: Callable[[str], Tiny]) -> None:  #
 
 @pytest.mark.parametrize("poison", [np.nan, np.inf])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma2"])
+@pytest.mark.parametrize(("arithmetic", "tolerance"), [("float", ROUNDING), ("int16", ATTENTION)])
 def test_nan_reaches_its_sequence_and_no_other(
     name: str,
+    arithmetic: str,
+    tolerance: float,
     poison: float,
     tiny_model: Callable[[str], Tiny],  # noqa: F811
 ) -> None:
@@ -235,7 +244,8 @@ def test_nan_reaches_its_sequence_and_no_other(
         bad[7] = poison
         return bad
 
-    clean, bad = native(base, threads=2), native(Changed(base, change), threads=2)
+    clean = native(base, threads=2, arithmetic=arithmetic)
+    bad = native(Changed(base, change), threads=2, arithmetic=arithmetic)
     tokens = text(20, seed=3)
     tokens[tokens == 7] = 8
     ill = tokens.copy()
@@ -244,15 +254,15 @@ def test_nan_reaches_its_sequence_and_no_other(
     cache = bad.new_cache(2, 32)
     found = bad.forward([ill, tokens], cache, all_logits=True)
     expected = run(clean, tokens)
-    assert close(found[0][:10, others], expected[:10, others], ROUNDING)
+    assert close(found[0][:10, others], expected[:10, others], tolerance)
     assert np.isnan(found[0][10:]).all()
-    assert close(found[1][:, others], expected[:, others], ROUNDING)
+    assert close(found[1][:, others], expected[:, others], tolerance)
     later = bad.forward([text(1), text(1)], cache)
     assert np.isnan(later[0]).all()
     assert np.isfinite(later[1][others]).all()
     cache.truncate(0, 10)
     again = bad.forward([tokens[10:], np.empty(0, int)], cache, all_logits=True)[0]
-    assert close(again[:, others], expected[10:, others], ROUNDING)
+    assert close(again[:, others], expected[10:, others], tolerance)
 
 
 def test_refusals_name_what_is_wrong(tiny_model: Callable[[str], Tiny]) -> None:  # noqa: F811

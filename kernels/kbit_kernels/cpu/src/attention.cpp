@@ -104,12 +104,9 @@ void AttentionPass::run_single() {
   }
 }
 
-void AttentionPass::collect(int64_t t, float* x) {
+const float* AttentionPass::collect(int64_t t, float* x) {
+  if (!block_.single) return block_.attention.get() + t * block_.attention_stride;
   const int64_t width = spec_.heads * static_cast<int64_t>(spec_.head_dim);
-  if (!block_.single) {
-    std::memcpy(x, block_.attention.get() + t * block_.attention_stride, static_cast<size_t>(width) * 4);
-    return;
-  }
   const auto& starts = worker_.starts;
   const int64_t total = starts.back(), threads = pool_.threads();
   std::memset(x, 0, static_cast<size_t>(width) * 4);
@@ -139,6 +136,7 @@ void AttentionPass::collect(int64_t t, float* x) {
       }
     }
   }
+  return x;
 }
 
 void AttentionPass::run_tiles() {
@@ -184,8 +182,7 @@ void AttentionPass::tile(const Run& run, int64_t g, int64_t first, int64_t last)
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = first + row / layer_.group, h = g * layer_.group + row % layer_.group;
     float* out = block_.attention.get() + t * block_.attention_stride + h * spec_.head_dim;
-    const float factor = 1 / total[row];
-    for (int64_t d = 0; d < spec_.head_dim; ++d) out[d] = sum[row * layer_.padded + d] * factor;
+    kernels_.scale(sum + row * layer_.padded, 1 / total[row], out, spec_.head_dim);
   }
 }
 

@@ -14,6 +14,7 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kSoloTokens = 1;           // see Block::solo
+constexpr int64_t kSlicedTokens = 16, kSlice = 4 * kGrain;  // see State::activated
 constexpr int64_t kBlockBytes = 64 << 20;    // of activations; weights are unpacked once a block
 constexpr int64_t kLeastBlock = 64, kMostBlock = 512;
 
@@ -21,9 +22,9 @@ void require(bool good, const char* sentence) {
   if (!good) throw std::invalid_argument(sentence);
 }
 
-const LayerKernels* layers_of(Isa isa) {
+const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
   switch (isa) {
-    case kAmx:
+    case kAmx: return arithmetic == kFloat ? avx512_layers : amx_layers;
     case kAvx512: return avx512_layers;
     case kAvx2: return avx2_layers;
     default: return portable_layers;
@@ -55,12 +56,19 @@ struct Decoder::State {
   void prepare();
   void run(int thread, float* logits);
   void embed(int thread, float* h, float* x, Inputs* inputs, Product::Range mine);
+  Product::Range gate_rows(const Layer& layer, int thread) const {
+    const Product::Range mine = share(layer.spec.inner, kGrain, thread, pool.threads());
+    return {layer.spec.gate_base + mine.first, layer.spec.gate_base + mine.second};
+  }
+  void activated(const Layer& layer, int thread, const Inputs& inputs);
   void attention_residual(const Layer& layer, float* h, float* x, int64_t t);
   void layer_residual(const Layer& layer, float* h, float* x, int64_t t);
   void finish(int thread, float* h, float* x, Inputs* inputs, Product::Range mine, float* logits);
-  void norm(const NormSpec& norm, const float* x, float* y) const {
-    if (norm.kind != kNoNorm) kernels->norm(norm, x, y);
-    else if (x != y) std::memcpy(y, x, static_cast<size_t>(spec.hidden) * sizeof(float));
+  // Where the result is: in y, or x itself where there is no norm.
+  const float* norm(const NormSpec& norm, const float* x, float* y) const {
+    if (norm.kind == kNoNorm) return x;
+    kernels->norm(norm, x, y);
+    return y;
   }
   void loaded() { if (!block.solo) pool.barrier(); }
 };
@@ -71,7 +79,7 @@ Decoder::State::State(const DecoderSpec& decoder)
       workers(static_cast<size_t>(pool.threads())) {
   const Isa isa = spec.isa < 0 ? best_isa() : static_cast<Isa>(spec.isa);
   require(isa_available(isa), "this machine does not have the instruction set asked for");
-  kernels = layers_of(isa);
+  kernels = layers_of(isa, static_cast<Arithmetic>(spec.arithmetic));
   require(kernels != nullptr, "the native library was built without this instruction set");
   for (int32_t i = 0; i < spec.n_tensors; ++i) {
     matrices.push_back(std::make_unique<Matrix>(spec.tensors[i], isa));
@@ -103,10 +111,11 @@ Decoder::State::State(const DecoderSpec& decoder)
   for (const Layer& layer : layers) {
     block.qkv_stride = std::max(block.qkv_stride, layer.qkv.rows());
     block.attention_stride = std::max(block.attention_stride, layer.out.cols());
-    block.up_stride = std::max(block.up_stride, layer.up.rows());
+    block.up_stride = std::max<int64_t>(block.up_stride, layer.spec.inner);
   }
   block.delta_stride = spec.hidden;
   for (int64_t* stride : {&block.qkv_stride, &block.attention_stride, &block.up_stride, &block.delta_stride}) {
+    *stride = (*stride + 15) / 16 * 16;
     if (*stride % 1024 == 0) *stride += 16;  // else the tokens of a tile meet in one set of the cache
   }
   per_token += block.qkv_stride + block.attention_stride + 2 * block.up_stride;
@@ -145,7 +154,6 @@ void Decoder::State::add_layer(const LayerSpec& layer) {
               made.down.rows() == spec.hidden && layer.gate_base + layer.inner <= made.up.rows() &&
               layer.up_base + layer.inner <= made.up.rows(),
           "the MLP's matrices do not fit each other");
-  if (layer.gated) made.up.pair_up(layer.gate_base, layer.up_base, layer.inner);
   layers.push_back(std::move(made));
 }
 
@@ -192,6 +200,8 @@ void Decoder::State::prepare() {
   block.delta_attention.room(count * block.delta_stride);
   block.delta_mlp.room(count * block.delta_stride);
   block.h.room(count * spec.hidden);
+  const int64_t slice = count < kSlicedTokens ? (block.up_stride / kGrain / threads + 2) * kGrain : kSlice;
+  for (Worker& worker : workers) worker.gate.room(2 * count * slice);
   if (block.single) {
     int64_t floats = 0;
     for (const Layer& layer : layers) {
@@ -224,52 +234,59 @@ void Decoder::State::run(int thread, float* logits) {
     const Layer& layer = layers[l];
     for (int64_t t = mine.first; t < mine.second; ++t) {
       if (l > 0) layer_residual(layers[l - 1], h + t * hidden, x, t);
-      norm(layer.spec.attention_in, h + t * hidden, x);
-      layer.qkv.load(inputs, x, t);
+      layer.qkv.load(inputs, norm(layer.spec.attention_in, h + t * hidden, x), t);
     }
     loaded();
     layer.qkv.multiply(*inputs, thread, block.qkv.get(), block.qkv_stride, *kernels);
-    layer.out.prefetch(thread);
+    layer.out.prefetch(layer.out.range(thread));
     pool.barrier();
 
     AttentionPass attention(layer, static_cast<int64_t>(l), &block, &worker, *kernels, &pool, thread);
     attention.run();
     pool.barrier();
-    for (int64_t t = mine.first; t < mine.second; ++t) {
-      attention.collect(t, x);
-      layer.out.load(inputs, x, t);
-    }
+    for (int64_t t = mine.first; t < mine.second; ++t) layer.out.load(inputs, attention.collect(t, x), t);
     loaded();
     layer.out.multiply(*inputs, thread, block.delta_attention.get(), block.delta_stride, *kernels);
-    layer.up.prefetch(thread);
+    layer.up.prefetch(gate_rows(layer, thread));
     pool.barrier();
 
     for (int64_t t = mine.first; t < mine.second; ++t) {
       if (!layer.spec.parallel) attention_residual(layer, h + t * hidden, x, t);
-      norm(layer.spec.mlp_in, h + t * hidden, x);
-      layer.up.load(inputs, x, t);
+      layer.up.load(inputs, norm(layer.spec.mlp_in, h + t * hidden, x), t);
     }
     loaded();
-    layer.up.multiply(*inputs, thread, block.up.get(), block.up_stride, *kernels);
-    const Product::Range part = layer.up.ranges(thread)[0];
-    const int64_t between = layer.spec.up_base - layer.spec.gate_base;
-    for (int64_t t = 0; t < count; ++t) {
-      float* gate = block.up.get() + t * block.up_stride + part.first;
-      kernels->activate(layer.spec.activation, gate, layer.spec.gated ? gate + between : nullptr, gate,
-                        part.second - part.first);
-    }
-    layer.down.prefetch(thread);
+    activated(layer, thread, *inputs);
+    layer.down.prefetch(layer.down.range(thread));
     pool.barrier();
 
     for (int64_t t = mine.first; t < mine.second; ++t) {
-      layer.down.load(inputs, block.up.get() + t * block.up_stride + layer.spec.gate_base, t);
+      layer.down.load(inputs, block.up.get() + t * block.up_stride, t);
     }
     loaded();
     layer.down.multiply(*inputs, thread, block.delta_mlp.get(), block.delta_stride, *kernels);
-    (l + 1 < layers.size() ? layers[l + 1].qkv : head).prefetch(thread);
+    const Product& next = l + 1 < layers.size() ? layers[l + 1].qkv : head;
+    next.prefetch(next.range(thread));
     pool.barrier();
   }
   if (!block.selected.empty()) finish(thread, h, x, inputs, mine, logits);
+}
+
+// This thread's share of block.up = activation(gate) * up; of many tokens a slice of rows at a time, so
+// that gate and up are still in the cache when they are activated.
+void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs) {
+  const Product::Range mine = gate_rows(layer, thread);
+  const int64_t count = block.count(), between = layer.spec.up_base - layer.spec.gate_base;
+  const int64_t size = count < kSlicedTokens ? mine.second - mine.first : kSlice;
+  float *gate = workers[static_cast<size_t>(thread)].gate.get(), *up = layer.spec.gated ? gate + count * size : nullptr;
+  for (int64_t first = mine.first; first < mine.second; first += size) {
+    const int64_t rows = std::min(size, mine.second - first);
+    layer.up.multiply(inputs, {first, first + rows}, gate, size, *kernels);
+    if (up != nullptr) layer.up.multiply(inputs, {first + between, first + between + rows}, up, size, *kernels);
+    for (int64_t t = 0; t < count; ++t) {
+      kernels->activate(layer.spec.activation, gate + t * size, up == nullptr ? nullptr : up + t * size,
+                        block.up.get() + t * block.up_stride + first - layer.spec.gate_base, rows);
+    }
+  }
 }
 
 void Decoder::State::embed(int thread, float* h, float* x, Inputs* inputs, Product::Range mine) {
@@ -305,19 +322,16 @@ void Decoder::State::embed(int thread, float* h, float* x, Inputs* inputs, Produ
 
 // h = attention_after(h + attention_out(a)); x is scratch
 void Decoder::State::attention_residual(const Layer& layer, float* h, float* x, int64_t t) {
-  norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x);
-  kernels->add(h, x, spec.hidden);
+  kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x), spec.hidden);
   norm(layer.spec.attention_after, h, h);
 }
 
 // h = mlp_after(h + mlp_out(m)), or h + attention_out(a) + mlp_out(m)
 void Decoder::State::layer_residual(const Layer& layer, float* h, float* x, int64_t t) {
   if (layer.spec.parallel) {
-    norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x);
-    kernels->add(h, x, spec.hidden);
+    kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x), spec.hidden);
   }
-  norm(layer.spec.mlp_out, block.delta_mlp.get() + t * block.delta_stride, x);
-  kernels->add(h, x, spec.hidden);
+  kernels->add(h, norm(layer.spec.mlp_out, block.delta_mlp.get() + t * block.delta_stride, x), spec.hidden);
   if (!layer.spec.parallel) norm(layer.spec.mlp_after, h, h);
 }
 
@@ -334,8 +348,7 @@ void Decoder::State::finish(int thread, float* h, float* x, Inputs* inputs, Prod
   each([&](int64_t s, int64_t t) {
     float* row = h + t * spec.hidden;
     if (!layers.empty()) layer_residual(layers.back(), row, x, t);
-    norm(spec.final_norm, row, x);
-    first.load(inputs, x, s);
+    first.load(inputs, norm(spec.final_norm, row, x), s);
   });
   loaded();
   if (output_projection) {
@@ -346,7 +359,7 @@ void Decoder::State::finish(int thread, float* h, float* x, Inputs* inputs, Prod
   }
   head.multiply(*inputs, thread, logits, spec.vocabulary, *kernels);
   if (spec.logit_softcap == 0) return;
-  const Product::Range part = head.ranges(thread)[0];
+  const Product::Range part = head.range(thread);
   for (int64_t s = 0; s < selected; ++s) {
     kernels->softcap(logits + s * spec.vocabulary + part.first, part.second - part.first,
                      spec.logit_softcap);

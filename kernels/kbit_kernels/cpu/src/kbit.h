@@ -24,9 +24,10 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 
 // float: weights dequantized in registers, fp32 sums. int8: inputs rounded to 8 bits a block, integer
 // dot products; where 16 bits cost no more (codebooks of more than 16 entries, many tokens without
-// an instruction for bytes) inputs and weights have 16; many tokens with AMX: both are bf16. int16: 16 bits everywhere; its error is some
-// 100 times smaller than int8's. Plain matrices always use float.
-enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2 };
+// an instruction for bytes) inputs and weights have 16; many tokens with AMX: both are bf16. int16:
+// 16 bits everywhere; its error is some 100 times smaller than int8's. bf16: int16, but int8's bf16
+// where that takes it. Plain matrices always use float.
+enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
 // kAmx: as kAvx512, but for many tokens.
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
@@ -112,9 +113,9 @@ class Input {
   int32_t width = 0;           // bits of a value: 32 (kFloat), 8, or 16 (see kInt8)
   int32_t limit = 0;           // the largest magnitude of an integer value
   int32_t order = 0;           // of bytes; see order_of
-  bool digits = false;         // 16-bit values as two planes of bytes, the upper ones first
-  bool bf16 = false;           // 16-bit values as bf16, which need neither scales nor sums
-  void* values = nullptr;      // [T, padded] float, int8_t, int16_t or bf16
+  bool digits = false;         // a single token's 16-bit values as two planes of bytes, the upper first
+  bool panels = false;         // for AMX: bf16, or (kInt16) two planes of bytes a token; see amx.inl
+  void* values = nullptr;      // [T, padded] float, int8_t, 16 bits or two bytes
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T, blocks], integers only
   float* sums = nullptr;       // [T, blocks], of the values as they were rounded

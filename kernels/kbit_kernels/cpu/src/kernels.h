@@ -32,12 +32,10 @@ struct Kernels {
   bool (*block_ranges)(const Weights& w, float* low, float* high, int64_t begin, int64_t end);
   void (*encode)(const Weights& w, const Rounding& how, uint8_t* codes, int64_t begin, int64_t end);
   // For a single token: the order of bytes (see order_of), and whether inputs of 16 bits lie as two
-  // planes of bytes, the upper and the lower digits, for a matrix of integers. From `amx_tokens`
-  // tokens on (0: never) they do so at every width, in blocks of 64 columns and more, and inputs of
-  // 8 bits are bf16 instead.
+  // planes of bytes, the upper and the lower digits, for a matrix of integers.
   int32_t (*order)(int32_t bits);
   bool (*digits)(int32_t bits);
-  int64_t amx_tokens;
+  int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits, and with codebooks if `byte_codebooks`, else 16-bit ones.
   int64_t tile_tokens;

@@ -2,6 +2,7 @@
 #include <cstring>
 #include <type_traits>
 
+#include "amx_tiles.h"
 #include "kernels.h"
 
 #if defined(__x86_64__)

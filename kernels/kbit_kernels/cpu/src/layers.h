@@ -25,6 +25,7 @@ inline int64_t attend_scratch(int64_t rows, int64_t padded) {
 struct LayerKernels {
   void (*norm)(const NormSpec& norm, const float* x, float* y);  // y may be x
   void (*add)(float* y, const float* x, int64_t n);              // y += x
+  void (*scale)(const float* x, float factor, float* y, int64_t n);  // y = factor * x
   // out = activation(gate) * up; up may be null, out may be gate
   void (*activate)(int32_t kind, const float* gate, const float* up, float* out, int64_t n);
   void (*softcap)(float* x, int64_t n, float cap);
@@ -39,5 +40,6 @@ struct LayerKernels {
 extern const LayerKernels* const portable_layers;
 extern const LayerKernels* const avx2_layers;
 extern const LayerKernels* const avx512_layers;
+extern const LayerKernels* const amx_layers;  // rounds: for arithmetics that do so too
 
 }  // namespace kbit

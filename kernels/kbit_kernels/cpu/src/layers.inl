@@ -57,6 +57,10 @@ static void add(float* y, const float* x, int64_t n) {
   map(y, x, y, n, [](Vec a, Vec b) { return a + b; });
 }
 
+static void scale(const float* x, float factor, float* y, int64_t n) {
+  map(x, x, y, n, [=](Vec v, Vec) { return v * splat(factor); });
+}
+
 static inline Vec silu(Vec x) { return x / (splat(1.0f) + exp(-x)); }
 static inline Vec gelu(Vec x) { return splat(0.5f) * x * erfc(x * splat(-0.70710678f)); }
 static inline Vec gelu_tanh(Vec x) {
@@ -246,20 +250,21 @@ static inline void soften(const Attend& job, int64_t row, int64_t chunk, int64_t
   }
 }
 
-template <class E>
-static void attend_chunk(const Attend& job, const E* keys, const E* values, int64_t chunk) {
-  float* s = job.scratch;
-#define KBIT_SCORES(R) \
-  scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, s + row * kKeyChunk)
-  KBIT_BY_ROWS(job.rows, KBIT_SCORES)
-#undef KBIT_SCORES
-  bool full = true;  // every row sees every key
+// Scores of a chunk to weights, and whether every row sees every key.
+static bool soften_all(const Attend& job, int64_t chunk) {
+  bool full = true;
   for (int64_t row = 0; row < job.rows; ++row) {
     const int64_t a = std::max<int64_t>(job.low[row] - chunk, 0);
     const int64_t b = std::min<int64_t>(job.high[row] - chunk, kKeyChunk);
-    if (a < b) soften(job, row, chunk, a, b, s + row * kKeyChunk);
+    if (a < b) soften(job, row, chunk, a, b, job.scratch + row * kKeyChunk);
     full = full && a == 0 && b == kKeyChunk;
   }
+  return full;
+}
+
+template <class E>
+static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool full) {
+  const float* s = job.scratch;
   if (full) {
 #define KBIT_WEIGH(R) \
   weigh<E, R>(s + row * kKeyChunk, values, job.padded, 0, kKeyChunk, job.sum + row * job.padded)
@@ -288,7 +293,17 @@ static void attend_chunk(const Attend& job, const E* keys, const E* values, int6
 }
 
 template <class E>
-static void attend_all(const Attend& job) {
+static void attend_chunk(const Attend& job, const E* keys, const E* values, int64_t chunk) {
+#define KBIT_SCORES(R) \
+  scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, job.scratch + row * kKeyChunk)
+  KBIT_BY_ROWS(job.rows, KBIT_SCORES)
+#undef KBIT_SCORES
+  weigh_all(job, values, chunk, soften_all(job, chunk));
+}
+
+// f(keys, values, chunk) of every chunk that a row sees, after peaks, totals and sums were cleared.
+template <class E, class F>
+static inline void each_chunk(const Attend& job, F f) {
   int64_t begin = INT64_MAX, end = 0;
   for (int64_t row = 0; row < job.rows; ++row) {
     job.peak[row] = -HUGE_VALF;
@@ -298,20 +313,23 @@ static void attend_all(const Attend& job) {
     end = std::max(end, job.high[row]);
   }
   std::memset(job.sum, 0, static_cast<size_t>(job.rows * job.padded) * sizeof(float));
-  const bool widen = sizeof(E) != sizeof(float) && job.rows > 8;
   for (int64_t chunk = begin / kKeyChunk * kKeyChunk; chunk < end; chunk += kKeyChunk) {
-    const E* keys = static_cast<const E*>(job.keys) + chunk * job.head_dim;
-    const E* values = static_cast<const E*>(job.values) + chunk * job.padded;
-    if (!widen) {
-      attend_chunk<E>(job, keys, values, chunk);
-      continue;
-    }
+    f(static_cast<const E*>(job.keys) + chunk * job.head_dim,
+      static_cast<const E*>(job.values) + chunk * job.padded, chunk);
+  }
+}
+
+template <class E>
+static void attend_all(const Attend& job) {
+  const bool widen = sizeof(E) != sizeof(float) && job.rows > 8;
+  each_chunk<E>(job, [&](const E* keys, const E* values, int64_t chunk) {
+    if (!widen) return attend_chunk<E>(job, keys, values, chunk);
     float* wide_keys = job.scratch + job.rows * kKeyChunk;
     float* wide_values = wide_keys + kKeyChunk * job.padded;
     for (int64_t i = 0; i < kKeyChunk * job.head_dim; i += kLanes) store(wide_keys + i, load(keys + i));
     for (int64_t i = 0; i < kKeyChunk * job.padded; i += kLanes) store(wide_values + i, load(values + i));
     attend_chunk<float>(job, wide_keys, wide_values, chunk);
-  }
+  });
 }
 
 static void attend(const Attend& job) {
@@ -322,5 +340,5 @@ static void attend(const Attend& job) {
 #undef KBIT_BY_ROWS
 #undef KBIT_UNROLL
 
-static const LayerKernels kLayers = {norm,   add,       activate,    softcap,
+static const LayerKernels kLayers = {norm,   add,       scale,       activate, softcap,
                                      rotate, store_key, store_value, attend};

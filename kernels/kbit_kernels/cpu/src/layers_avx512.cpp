@@ -2,6 +2,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "amx_tiles.h"
 #include "layers.h"
 
 #if defined(__x86_64__)
@@ -20,6 +21,9 @@ namespace avx512_layer {
 #define KBIT_F16C
 #include "vec.h"
 #include "layers.inl"
+#if __has_include(<amxtileintrin.h>)  // the assembler knows it too
+#include "attend_amx.inl"
+#endif
 }  // namespace avx512_layer
 }  // namespace kbit
 
@@ -30,6 +34,12 @@ namespace avx512_layer {
 #endif
 
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
+#if __has_include(<amxtileintrin.h>)
+const kbit::LayerKernels* const kbit::amx_layers = &kbit::avx512_layer::kAmxLayers;
+#else
+const kbit::LayerKernels* const kbit::amx_layers = nullptr;
+#endif
 #else
 const kbit::LayerKernels* const kbit::avx512_layers = nullptr;
+const kbit::LayerKernels* const kbit::amx_layers = nullptr;
 #endif

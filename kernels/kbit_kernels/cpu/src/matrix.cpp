@@ -201,20 +201,20 @@ int64_t Matrix::bytes() const {
 
 namespace {
 
-bool input_bf16(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
+bool input_panels(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   const int64_t from = matrix.kernels->amx_tokens;
-  return arithmetic == kInt8 && !matrix.plain() && from != 0 && tokens >= from;
+  return arithmetic != kFloat && !matrix.plain() && from != 0 && tokens >= from;
 }
 
 // The inputs' bits, and the largest magnitude that integers may have.
 int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   if (arithmetic == kFloat || matrix.plain()) return 32;
-  if (input_bf16(matrix, arithmetic, tokens)) return 16;
+  if (input_panels(matrix, arithmetic, tokens)) return 16;
   const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
   const Kernels& kernels = *matrix.kernels;
   const bool bytes = matrix.tensor.storage == kCodebook ? kernels.byte_codebooks
                                                         : matrix.tensor.bits <= kernels.byte_bits;
-  return arithmetic == kInt16 || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
+  return arithmetic == kInt16 || arithmetic == kBf16Prompt || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
 }
 
 // How inputs lie: see Input and order_of.
@@ -224,10 +224,8 @@ struct Layout {
 };
 Layout layout_of(const Matrix& matrix, int32_t width, int64_t tokens) {
   const Kernels& kernels = *matrix.kernels;
-  if (matrix.plain() || matrix.step < kStep || width == 32) return {0, false};
-  const bool wide = width == 16 && matrix.tensor.storage != kCodebook;
-  if (tokens > 1) return {0, wide && kernels.amx_tokens != 0 && tokens >= kernels.amx_tokens};
-  const bool digits = wide && kernels.digits(matrix.tensor.bits);
+  if (matrix.plain() || matrix.step < kStep || width == 32 || tokens > 1) return {0, false};
+  const bool digits = width == 16 && matrix.tensor.storage != kCodebook && kernels.digits(matrix.tensor.bits);
   return {width == 8 || digits ? kernels.order(matrix.tensor.bits) : 0, digits};
 }
 
@@ -266,12 +264,12 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   arithmetic = for_matrix.plain() ? kFloat : wanted;
   tokens = count;
   width = input_width(for_matrix, arithmetic, count);
-  bf16 = input_bf16(for_matrix, arithmetic, count);
-  const Layout layout = bf16 ? Layout{0, false} : layout_of(for_matrix, width, count);
+  panels = input_panels(for_matrix, arithmetic, count);
+  const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
-  if (bf16 && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
+  if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
   // AMX reads 16 tokens at a time

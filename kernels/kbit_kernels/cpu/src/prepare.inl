@@ -70,11 +70,30 @@ static inline void split_digits(const int16_t* values, int n, int8_t* high, int8
   }
 }
 
+// Columns [column, column + padded) of a token's x, zeros beyond the last, without the values of
+// outlier columns, which go to the input's own; in `room` where x itself won't do. outlier: how many
+// of these columns lie before `column`.
+static inline const float* stage(const Input& input, const float* x, int64_t token, int64_t column,
+                                 int64_t padded, int& outlier, float* room) {
+  const Tensor& t = input.matrix->tensor;
+  const int64_t count = least(padded, t.cols - column);
+  const auto outlies = [&] { return outlier < t.n_outliers && t.outlier_columns[outlier] < column + count; };
+  if (count == padded && !outlies()) return x + column;
+  std::memcpy(room, x + column, sizeof(float) * static_cast<size_t>(count));
+  std::memset(room + count, 0, sizeof(float) * static_cast<size_t>(padded - count));
+  for (; outlies(); ++outlier) {
+    float& value = room[t.outlier_columns[outlier] - column];
+    input.outliers[token * t.n_outliers + outlier] = value;
+    value = 0;
+  }
+  return room;
+}
+
 static void load(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 1024;  // whole chunks
   const Tensor& t = input.matrix->tensor;
   const int step = input.matrix->step;
-  alignas(64) float staged[kColumns];
+  alignas(64) float room[kColumns];
   alignas(64) int8_t bytes[2][kColumns];
   alignas(64) int16_t words[kColumns];
   for (int64_t token = begin; token < end; ++token) {
@@ -84,14 +103,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
     std::memset(input.sums + token * input.blocks, 0, block_bytes);
     for (int64_t col = 0; col < input.padded; col += kColumns) {
       const int64_t padded = least(kColumns, input.padded - col);
-      const int64_t count = least(padded, t.cols - col);
-      std::memcpy(staged, x + token * stride + col, sizeof(float) * static_cast<size_t>(count));
-      std::memset(staged + count, 0, sizeof(float) * static_cast<size_t>(padded - count));
-      for (; outlier < t.n_outliers && t.outlier_columns[outlier] < col + count; ++outlier) {
-        float& value = staged[t.outlier_columns[outlier] - col];
-        input.outliers[token * t.n_outliers + outlier] = value;
-        value = 0;
-      }
+      const float* staged = stage(input, x + token * stride, token, col, padded, outlier, room);
       const int64_t first = token * input.padded + col;
       for (int64_t i = 0; i < padded; i += step) {
         const int64_t block = token * input.blocks + (col + i) / step;

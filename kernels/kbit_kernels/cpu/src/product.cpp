@@ -6,11 +6,6 @@
 #include "pool.h"
 
 namespace kbit {
-namespace {
-
-constexpr int64_t kGrain = 32;  // rows that a thread takes at once
-
-}  // namespace
 
 int Slots::find(const Matrix& matrix, bool own) {
   for (size_t i = 0; !own && i < slots_.size(); ++i) {
@@ -64,7 +59,6 @@ Product::Product(const ProductSpec& spec, const std::vector<std::unique_ptr<Matr
   }
   double total = 0, done = 0;
   for (double cost : costs) total += cost;
-  ranges_.resize(static_cast<size_t>(threads));
   int64_t begin = 0;
   size_t grain = 0;
   for (int thread = 0; thread < threads; ++thread) {
@@ -73,34 +67,19 @@ Product::Product(const ProductSpec& spec, const std::vector<std::unique_ptr<Matr
     }
     const bool last = thread + 1 == threads;
     const int64_t end = last ? rows_ : std::min<int64_t>(static_cast<int64_t>(grain) * kGrain, rows_);
-    ranges_[static_cast<size_t>(thread)] = {{begin, end}};
+    ranges_.emplace_back(begin, end);
     begin = end;
   }
-  cut();
 }
 
-void Product::pair_up(int64_t first, int64_t second, int64_t size) {
-  const int threads = static_cast<int>(ranges_.size());
-  for (int thread = 0; thread < threads; ++thread) {
-    const Range mine = share(size, kGrain, thread, threads);
-    ranges_[static_cast<size_t>(thread)] = {{first + mine.first, first + mine.second},
-                                            {second + mine.first, second + mine.second}};
-  }
-  cut();
-}
-
-void Product::cut() {
-  pieces_.assign(ranges_.size(), {});
-  for (size_t thread = 0; thread < ranges_.size(); ++thread) {
-    for (const Range& range : ranges_[thread]) {
-      int64_t offset = 0;
-      for (size_t i = 0; i < matrices_.size(); ++i) {
-        const int64_t begin = std::max(range.first, offset) - offset;
-        const int64_t end = std::min(range.second - offset, matrices_[i]->rows());
-        if (begin < end) pieces_[thread].push_back({matrices_[i], slots_[i], offset, begin, end});
-        offset += matrices_[i]->rows();
-      }
-    }
+template <class F>
+void Product::each(Range range, F f) const {
+  int64_t offset = 0;
+  for (size_t i = 0; i < matrices_.size(); ++i) {
+    const int64_t begin = std::max(range.first, offset) - offset;
+    const int64_t end = std::min(range.second - offset, matrices_[i]->rows());
+    if (begin < end) f(i, begin, end, offset + begin);
+    offset += matrices_[i]->rows();
   }
 }
 
@@ -114,25 +93,20 @@ void Product::load(Inputs* inputs, const float* x, int64_t at) const {
   for (int slot : distinct_) (*inputs)[static_cast<size_t>(slot)]->load(x, 0, at, at + 1);
 }
 
-void Product::multiply(const Inputs& inputs, int thread, float* y, int64_t stride,
+void Product::multiply(const Inputs& inputs, Range range, float* y, int64_t stride,
                        const LayerKernels& kernels) const {
-  for (const Piece& piece : pieces_[static_cast<size_t>(thread)]) {
-    const Input& input = *inputs[static_cast<size_t>(piece.slot)];
-    float* out = y + piece.offset;
-    kbit::multiply(*piece.matrix, input, out, stride, piece.begin, piece.end);
-    if (bias_ == nullptr) continue;
-    for (int64_t t = 0; t < input.tokens; ++t) {
-      kernels.add(out + t * stride + piece.begin, bias_ + piece.offset + piece.begin,
-                  piece.end - piece.begin);
+  each(range, [&](size_t i, int64_t begin, int64_t end, int64_t output) {
+    const Input& input = *inputs[static_cast<size_t>(slots_[i])];
+    float* const first = y + output - range.first;
+    kbit::multiply(*matrices_[i], input, first - begin, stride, begin, end);
+    for (int64_t t = 0; bias_ != nullptr && t < input.tokens; ++t) {
+      kernels.add(first + t * stride, bias_ + output, end - begin);
     }
-  }
+  });
 }
 
-void Product::prefetch(int thread) const {
-  if (pieces_.empty()) return;
-  for (const Piece& piece : pieces_[static_cast<size_t>(thread)]) {
-    kbit::prefetch(*piece.matrix, piece.begin, piece.end);
-  }
+void Product::prefetch(Range range) const {
+  each(range, [&](size_t i, int64_t begin, int64_t end, int64_t) { kbit::prefetch(*matrices_[i], begin, end); });
 }
 
 }  // namespace kbit

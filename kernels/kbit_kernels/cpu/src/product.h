@@ -9,6 +9,8 @@
 
 namespace kbit {
 
+constexpr int64_t kGrain = 32;  // rows that a thread takes at once
+
 // Inputs that products fill, by slot: one set for all threads together, or one a thread.
 using Inputs = std::vector<std::unique_ptr<Input>>;
 
@@ -37,9 +39,6 @@ class Product {
   Product() = default;
   Product(const ProductSpec& spec, const std::vector<std::unique_ptr<Matrix>>& matrices, int threads,
           Slots* slots, bool own = false);
-  // Two parts of the outputs, `size` long each, of which a thread gets the same share.
-  void pair_up(int64_t first, int64_t second, int64_t size);
-
   explicit operator bool() const { return !matrices_.empty(); }
   int64_t rows() const { return rows_; }
   int64_t cols() const { return cols_; }
@@ -47,26 +46,25 @@ class Product {
 
   // Prepares token `at` from x [cols].
   void load(Inputs* inputs, const float* x, int64_t at) const;
-  // This thread's outputs of all tokens that the inputs are shaped for, into y[t * stride].
-  void multiply(const Inputs& inputs, int thread, float* y, int64_t stride,
-                const LayerKernels& kernels) const;
-  // Asks for the weights that this thread will multiply with first.
-  void prefetch(int thread) const;
-  // Outputs of a thread: ranges that no other thread writes.
-  const std::vector<Range>& ranges(int thread) const { return ranges_[static_cast<size_t>(thread)]; }
+  // A thread's share of the outputs.
+  Range range(int thread) const { return ranges_[static_cast<size_t>(thread)]; }
+  // Outputs `range` of all tokens that the inputs are shaped for, into y[t * stride]; y is the first's.
+  void multiply(const Inputs& inputs, Range range, float* y, int64_t stride, const LayerKernels& kernels) const;
+  // A thread's share of them into y[t * stride]; y is output 0's.
+  void multiply(const Inputs& inputs, int thread, float* y, int64_t stride, const LayerKernels& kernels) const {
+    multiply(inputs, range(thread), y + range(thread).first, stride, kernels);
+  }
+  // Asks for the weights that outputs `range` take first.
+  void prefetch(Range range) const;
 
  private:
-  struct Piece {
-    const Matrix* matrix;
-    int slot;
-    int64_t offset, begin, end;  // rows of the matrix; its row 0 is output `offset`
-  };
-  void cut();
+  // f(number of a matrix, its rows [begin, end), their first output) of the matrices of outputs `range`.
+  template <class F>
+  void each(Range range, F f) const;
 
   std::vector<const Matrix*> matrices_;
   std::vector<int> slots_, distinct_;
-  std::vector<std::vector<Range>> ranges_;
-  std::vector<std::vector<Piece>> pieces_;
+  std::vector<Range> ranges_;
   const float* bias_ = nullptr;
   int64_t rows_ = 0, cols_ = 0;
 };

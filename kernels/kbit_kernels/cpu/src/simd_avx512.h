@@ -167,26 +167,73 @@ struct V {
     return _mm512_dpbusd_epi32(acc, w, _mm512_loadu_si512(x));
   }
 
-  // Products with one token take as many codes at once as fill a vector of the widest plane (see
-  // order_of). More bits stay as they are: there memory is the limit.
-  static constexpr int order(int bits) { return order_of(bits); }
+  // Products with one token take as many codes at once as fill a vector of the 2-bit plane, or of the
+  // 4-bit plane where there is none (see order_of): planes beside it are brought to its order.
+  static constexpr int order(int bits) { return bits == 8 ? 0 : bits & 2 ? 2 : 1; }
   static constexpr bool digits(int) { return true; }
-  template <int FIELD>
-  struct BitShifts {  // of the 1-bit plane, whose 4 bytes a unit are doubled to a qword
+  template <int SIZE, int FIELD>
+  struct BitShifts {  // of the 1-bit plane, whose 4 bytes a unit are repeated SIZE / 4 times
     alignas(64) uint8_t at[64];
     constexpr BitShifts() : at() {
-      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(8 * (i % 4) + 2 * FIELD + i % 8 / 4);
+      for (int i = 0; i < 64; ++i) at[i] = static_cast<uint8_t>(8 * (i % 4) + SIZE / 4 * FIELD + i % SIZE / 4);
     }
   };
+  template <int SIZE, int FIELD>
+  static C bits_of(C ones) {
+    return _mm512_multishift_epi64_epi8(constant<BitShifts<SIZE, FIELD>>(), ones);
+  }
+  // The 4-bit plane: (a vector, or the first and the last 8 bytes of 8 units), the 2-bit and the 1-bit plane.
+  struct Chunk { C four[2], two, one; };
+  template <int BITS>
+  static Chunk chunk(const uint8_t* const* planes, int64_t unit) {
+    Chunk v = {{izero(), izero()}, izero(), izero()};
+    int plane = 0;
+    if constexpr (BITS & 4) {
+      const uint8_t* p = planes[plane++] + unit * 16;
+      v.four[0] = _mm512_loadu_si512(p);
+      if constexpr (BITS & 2) {
+        const __m512i a = v.four[0], b = _mm512_loadu_si512(p + 64);
+        v.four[0] = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(0, 2, 4, 6, 8, 10, 12, 14), b);
+        v.four[1] = _mm512_permutex2var_epi64(a, _mm512_setr_epi64(1, 3, 5, 7, 9, 11, 13, 15), b);
+      }
+    }
+    if constexpr (BITS & 2) v.two = _mm512_loadu_si512(planes[plane++] + unit * 8);
+    if constexpr (BITS & 1) {
+      const uint8_t* p = planes[plane] + unit * 4;
+      if constexpr (BITS & 2) {
+        v.one = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                         _mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+      } else {
+        v.one = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3),
+                                         _mm512_castsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+      }
+    }
+    return v;
+  }
+  // Bytes shifted left by LEFT (right where it is negative); what crosses into a byte is left there.
+  template <int LEFT>
+  static C shift(C v) {
+    if constexpr (LEFT == 0) return v;
+    return LEFT > 0 ? _mm512_slli_epi16(v, LEFT > 0 ? LEFT : 0) : _mm512_srli_epi16(v, LEFT < 0 ? -LEFT : 0);
+  }
   template <int BITS, int FIELD>
-  static C dense_field(const C (&v)[2]) {
-    if constexpr (BITS == 4) return FIELD ? _mm512_srli_epi16(v[0], 4) : v[0];
-    if constexpr (BITS == 2) return FIELD ? _mm512_srli_epi16(v[0], 2 * FIELD) : v[0];
-    const C two = FIELD ? _mm512_srli_epi16(v[0], 2 * FIELD - 1) : _mm512_slli_epi16(v[0], 1);
-    return select(two, _mm512_multishift_epi64_epi8(constant<BitShifts<FIELD>>(), v[1]), 1);
+  static C dense_field(const Chunk& v) {
+    constexpr int kOne = BITS & 1, kSize = BITS & 2 ? 8 : 16;
+    C c;
+    if constexpr (BITS & 2) {
+      c = shift<kOne - 2 * FIELD>(v.two);
+      if constexpr (BITS & 4) {
+        constexpr int kHalf = FIELD / 2;
+        c = select(shift<kOne + 2 - 4 * kHalf>(v.four[FIELD % 2]), c, kOne ? 7 : 3);
+      }
+    } else {
+      c = shift<kOne - 4 * FIELD>(v.four[0]);
+    }
+    if constexpr (kOne) c = select(c, bits_of<kSize, FIELD>(v.one), 1);
+    return c;
   }
   template <int BITS, bool LUT, bool DIGITS, int FIELD, class Recode>
-  static void dense_step(const Recode& recode, const C (&v)[2], const int8_t* x, const int8_t* low,
+  static void dense_step(const Recode& recode, const Chunk& v, const int8_t* x, const int8_t* low,
                          I& dot, I& dot_low) {
     const C w = recode(dense_field<BITS, FIELD>(v));
     dot = dot8<BITS, LUT>(dot, w, x + 64 * FIELD);
@@ -202,15 +249,10 @@ struct V {
       dot = dot8<BITS, LUT>(dot, w, x);
       if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low);
     } else {
-      C v[2] = {_mm512_loadu_si512(planes[0] + unit * (BITS == 4 ? 16 : 8)), izero()};
-      if constexpr (BITS == 3) {
-        const __m256i raw = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[1] + unit * 4));
-        v[1] = _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
-                                        _mm512_castsi256_si512(raw));
-      }
+      const Chunk v = chunk<BITS>(planes, unit);
       dense_step<BITS, LUT, DIGITS, 0>(recode, v, x, low, dot, dot_low);
       dense_step<BITS, LUT, DIGITS, 1>(recode, v, x, low, dot, dot_low);
-      if constexpr (BITS < 4) {
+      if constexpr (order(BITS) == 2) {
         dense_step<BITS, LUT, DIGITS, 2>(recode, v, x, low, dot, dot_low);
         dense_step<BITS, LUT, DIGITS, 3>(recode, v, x, low, dot, dot_low);
       }

@@ -2,8 +2,10 @@
 #pragma once
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "layers.h"
@@ -12,12 +14,15 @@
 
 namespace kbit {
 
-// Memory that only grows and is not zeroed: pages that are never used are never taken.
+// Memory that only grows and is not zeroed: pages that are never used are never taken. It begins
+// with a cache line, since vectors and tiles that straddle two are stored at half the speed.
 class Buffer {
  public:
   float* room(int64_t floats) {
     if (floats > size_) {
-      data_.reset(new float[static_cast<size_t>(floats)]);
+      const size_t bytes = (static_cast<size_t>(floats) * sizeof(float) + 63) / 64 * 64;
+      data_.reset(static_cast<float*>(std::aligned_alloc(64, bytes)));
+      if (!data_) throw std::bad_alloc();
       size_ = floats;
     }
     return data_.get();
@@ -25,7 +30,10 @@ class Buffer {
   float* get() const { return data_.get(); }
 
  private:
-  std::unique_ptr<float[]> data_;
+  struct Free {
+    void operator()(float* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<float[], Free> data_;
   int64_t size_ = 0;
 };
 
@@ -49,7 +57,7 @@ struct Layer {
 // One thread's own memory.
 struct Worker {
   Inputs inputs;
-  Buffer h, x, q, state, scratch, slopes;
+  Buffer h, x, gate, q, state, scratch, slopes;
   std::vector<int64_t> low, high, position, starts;
 };
 
@@ -69,7 +77,7 @@ struct Block {
   int64_t count() const { return static_cast<int64_t>(tokens.size()); }
 };
 
-constexpr int64_t kTileRows = 48;  // queries of a tile of a prompt's attention
+constexpr int64_t kTileRows = 96;  // queries of a tile of a prompt's attention
 
 // Attention (attention.cpp). All threads call these with the q, k, v of all tokens computed.
 class AttentionPass {
@@ -81,8 +89,8 @@ class AttentionPass {
 
   // Writes keys and values to the cache and computes this thread's part of the sums.
   void run();
-  // The concatenated heads of token t, all threads' parts together; after a barrier.
-  void collect(int64_t t, float* x);
+  // The concatenated heads of token t, all threads' parts together (in x); after a barrier.
+  const float* collect(int64_t t, float* x);
 
   // Floats of `partials` that a block of single tokens needs.
   static int64_t partials(const Layer& layer, int64_t tokens, int threads) {

@@ -16,6 +16,12 @@ static void decode_row(const Matrix& m, int64_t row, int64_t column, int columns
   const int64_t units = (m.tensor.cols + 31) / 32;
   const uint8_t* planes[3];
   planes_of<BITS>(static_cast<const uint8_t*>(m.tensor.codes) + row * units * 4 * BITS, units, planes);
+  int plane = 0;
+  for (int width = 8; width >= 1; width /= 2) {  // asks for these columns of the next tile's row
+    if (!(BITS & width)) continue;
+    const uint8_t* const next = planes[plane++] + kTileRows * units * 4 * BITS + column * width / 8;
+    for (int i = 0; i < columns * width / 8; i += 64) __builtin_prefetch(next + i, 0, 2);
+  }
   const auto put = [&](const typename V::C& c, int at) {
     if constexpr (WIDTH == 8) {
       const auto w = recode(c);

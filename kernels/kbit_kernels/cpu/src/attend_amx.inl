@@ -1,0 +1,157 @@
+// A prompt's attention by AMX: products of bf16, every number as the sum of two of them. What these
+// leave out, and the product of both lower parts, is some 2^-16 of the product. Instructions are
+// written out for the reason given in amx.inl. Included after layers.inl, with vectors of 16 lanes.
+
+struct AmxAttend {
+  static constexpr int64_t kMostRows = 96, kMostWidth = 256;  // of queries, and of their heads
+  // Upper and lower parts, two rows of keys or values in a lane: pairs of dimensions by keys, and
+  // pairs of keys by dimensions.
+  alignas(64) uint32_t keys[2][kMostWidth / 2][kKeyChunk];
+  alignas(64) uint32_t values[2][kKeyChunk / 2][kMostWidth];
+  alignas(64) uint16_t q[2][kMostRows][kMostWidth], weights[2][kMostRows][kKeyChunk];
+  alignas(64) float part[16][32];
+
+  static bool takes(const Attend& job) {
+    return job.rows >= 16 && job.rows <= kMostRows && job.head_dim <= kMostWidth;
+  }
+
+  struct Parts {
+    __m512i upper, lower;  // in the upper halves of lanes
+  };
+  static Parts split(Vec x) {
+    const __m512i mask = _mm512_set1_epi32(-65536);
+    const __m512i upper = _mm512_and_si512(_mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000)), mask);
+    return {upper, _mm512_castps_si512(_mm512_sub_ps((__m512)x, _mm512_castsi512_ps(upper)))};
+  }
+  // Lane i: a's and b's.
+  static void put_pairs(Vec a, Vec b, uint32_t* upper, uint32_t* lower) {
+    const auto pair = [](__m512i low, __m512i high) {
+      return _mm512_mask_blend_epi16(0xaaaaaaaa, _mm512_srli_epi32(low, 16), high);
+    };
+    const Parts x = split(a), y = split(b);
+    _mm512_store_si512(upper, pair(x.upper, y.upper));
+    _mm512_store_si512(lower, pair(x.lower, y.lower));
+  }
+  // All of a's, then all of b's.
+  static void put_row(Vec a, Vec b, uint16_t* upper, uint16_t* lower) {
+    alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                                      33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
+    const __m512i odd = _mm512_load_si512(kOdd);
+    const Parts x = split(a), y = split(b);
+    _mm512_store_si512(upper, _mm512_permutex2var_epi16(x.upper, odd, y.upper));
+    _mm512_store_si512(lower, _mm512_permutex2var_epi16(x.lower, odd, y.lower));
+  }
+  static Vec first(const float* p, int64_t count) {  // zeros beyond `count` floats
+    const auto lanes = static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
+    return (Vec)_mm512_maskz_loadu_ps(lanes, p);
+  }
+
+  // c[16][32] = a times b over `steps` times 32. Registers: 0 and 1 sums, 2 and 3 a, 4 to 7 b.
+  static void product(const uint16_t* upper, const uint16_t* lower, int64_t a_stride, const uint32_t* b_upper,
+                      const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride) {
+    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
+    for (int64_t i = 0; i < steps; ++i) {
+      asm volatile("tileloadd (%0,%2,1), %%tmm2\n\ttileloadd (%3,%5,1), %%tmm4\n\t"
+                   "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%3,%5,1), %%tmm5\n\t"
+                   "tdpbf16ps %%tmm5, %%tmm2, %%tmm1\n\ttileloadd (%1,%2,1), %%tmm3\n\t"
+                   "tdpbf16ps %%tmm4, %%tmm3, %%tmm0\n\ttdpbf16ps %%tmm5, %%tmm3, %%tmm1\n\t"
+                   "tileloadd (%4,%5,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm2, %%tmm0\n\t"
+                   "tileloadd 64(%4,%5,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm2, %%tmm1"
+                   ::"r"(upper + 32 * i), "r"(lower + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride),
+                   "r"(b_lower + 16 * i * b_stride), "r"(4 * b_stride) : "memory");
+    }
+    asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, 64(%0,%1,1)"
+                 ::"r"(c), "r"(4 * c_stride) : "memory");
+  }
+
+  void load_queries(const Attend& job) {
+    const int64_t width = (job.head_dim + 31) / 32 * 32;
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const float* from = job.q + row * job.padded;
+      for (int64_t d = 0; d < width; d += 32) {
+        put_row(first(from + d, job.head_dim - d), first(from + d + 16, job.head_dim - d - 16), q[0][row] + d,
+                q[1][row] + d);
+      }
+    }
+  }
+
+  template <class E>
+  void score(const Attend& job, const E* from) {
+    const int64_t pairs = (job.head_dim + 31) / 32 * 16, block = job.head_dim * kKeyBlock;
+    for (int64_t pair = 0; pair < pairs; ++pair) {
+      const int64_t d = 2 * pair;
+      for (int64_t b = 0; b < kKeyChunk / kKeyBlock; ++b) {
+        const E* at = from + b * block + d * kKeyBlock;
+        put_pairs(d < job.head_dim ? load(at) : Vec{}, d + 1 < job.head_dim ? load(at + kKeyBlock) : Vec{},
+                  keys[0][pair] + b * kKeyBlock, keys[1][pair] + b * kKeyBlock);
+      }
+    }
+    for (int64_t row = 0; row < job.rows; row += 16) {
+      for (int64_t key = 0; key < kKeyChunk; key += 32) {
+        product(q[0][row], q[1][row], kMostWidth, keys[0][0] + key, keys[1][0] + key, kKeyChunk, pairs / 16,
+                job.scratch + row * kKeyChunk + key, kKeyChunk);
+      }
+    }
+  }
+
+  // Whether all values are finite: a hidden one, whose weight is 0, must not make a sum NaN.
+  template <class E>
+  bool load_values(const Attend& job, const E* from) {
+    __m512i largest = _mm512_setzero_si512();
+    for (int64_t j = 0; j < kKeyChunk; j += 2) {
+      for (int64_t d = 0; d < job.padded; d += 16) {
+        const Vec a = load(from + j * job.padded + d), b = load(from + (j + 1) * job.padded + d);
+        const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
+        largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)a, magnitude));
+        largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)b, magnitude));
+        put_pairs(a, b, values[0][j / 2] + d, values[1][j / 2] + d);
+      }
+    }
+    return _mm512_reduce_max_epu32(largest) < 0x7f800000;
+  }
+
+  void weigh(const Attend& job, int64_t chunk) {
+    for (int64_t row = 0; row < job.rows; ++row) {
+      const bool seen = job.low[row] < chunk + kKeyChunk && chunk < job.high[row] && job.low[row] < job.high[row];
+      const float* from = job.scratch + row * kKeyChunk;
+      for (int64_t j = 0; j < kKeyChunk; j += 32) {
+        put_row(seen ? load(from + j) : Vec{}, seen ? load(from + j + 16) : Vec{}, weights[0][row] + j,
+                weights[1][row] + j);
+      }
+    }
+    for (int64_t row = 0; row < job.rows; row += 16) {
+      for (int64_t d = 0; d < job.padded; d += 32) {
+        product(weights[0][row], weights[1][row], kKeyChunk, values[0][0] + d, values[1][0] + d, kMostWidth,
+                kKeyChunk / 32, part[0], 32);
+        for (int64_t r = 0; r < std::min<int64_t>(16, job.rows - row); ++r) {
+          float* sum = job.sum + (row + r) * job.padded + d;
+          add(sum, part[r], std::min<int64_t>(32, job.padded - d));
+        }
+      }
+    }
+  }
+
+  template <class E>
+  void run(const Attend& job) {
+    load_queries(job);
+    each_chunk<E>(job, [&](const E* k, const E* v, int64_t chunk) {
+      score(job, k);
+      const bool full = soften_all(job, chunk);
+      if (load_values(job, v)) weigh(job, chunk);
+      else weigh_all(job, v, chunk, full);
+    });
+  }
+};
+
+static void attend_amx(const Attend& job) {
+  if (!AmxAttend::takes(job)) return attend(job);
+  AmxAttend tiles;
+  const TileShapes shapes;
+  asm volatile("ldtilecfg %0" ::"m"(shapes));
+  if (job.type == kCacheFp16) tiles.run<Half>(job);
+  else tiles.run<float>(job);
+  asm volatile("tilerelease");
+}
+
+static const LayerKernels kAmxLayers = {norm,   add,       scale,       activate,  softcap,
+                                        rotate, store_key, store_value, attend_amx};
