@@ -14,7 +14,7 @@ from kbit_kernels.triton import available, configs
 from kbit_kernels.triton.configs import Config
 
 SPEC = QuantSpec("int", 4)
-ARGUMENTS = ("sm_90", 132)
+ARGUMENTS = ("sm_100", 148)  # a class without shipped entries
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def test_tuning_goes_before_the_rule(cache: Path) -> None:
     better = Config(8, 2, 1, 4, 2)
     assert better != config
     key = configs.entry_key(SPEC, 3, 8192, 8192)
-    configs.write(cache, "sm_90", {key: configs.as_entry(better, "tuned")})
+    configs.write(cache, "sm_100", {key: configs.as_entry(better, "tuned")})
     assert configs.choose_for(SPEC, 1, 8192, 8192, *ARGUMENTS) == (better, "tuned")
     assert configs.choose_for(SPEC, 1, 4096, 4096, *ARGUMENTS)[1] == "rule"
     assert configs.choose_for(SPEC, 1, 8192, 8192, "sm_80", 108)[1] == "rule"
@@ -59,7 +59,7 @@ def test_tuning_goes_before_the_rule(cache: Path) -> None:
 def test_a_tuned_entry_that_a_table_has_no_room_for(cache: Path) -> None:
     big = Config(32, 2, 4, 2, 2)
     key = configs.entry_key(SPEC, 32, 8192, 8192)
-    configs.write(cache, "sm_90", {key: configs.as_entry(big, "tuned")})
+    configs.write(cache, "sm_100", {key: configs.as_entry(big, "tuned")})
     assert configs.choose_for(SPEC, 32, 8192, 8192, *ARGUMENTS) == (big, "tuned")
     assert configs.choose_for(QuantSpec("nf", 4), 32, 8192, 8192, *ARGUMENTS)[1] == "rule"
 
@@ -76,19 +76,19 @@ def test_the_rule_fits_in_shared_memory(gpu: str) -> None:
 
 def test_a_second_search_keeps_the_first(cache: Path) -> None:
     entry = configs.as_entry(Config(8, 1, 1, 4, 1), "tuned")
-    configs.write(cache, "sm_90", {"k4-m8-1x32": entry})
-    configs.write(cache, "sm_90", {"k3-m8-1x32": entry})
+    configs.write(cache, "sm_100", {"k4-m8-1x32": entry})
+    configs.write(cache, "sm_100", {"k3-m8-1x32": entry})
     configs.write(cache, "sm_80", {"k4-m8-1x32": entry})
     classes = json.loads(cache.read_text())["classes"]
-    assert set(classes["sm_90"]["entries"]) == {"k4-m8-1x32", "k3-m8-1x32"}
-    assert set(classes) == {"sm_80", "sm_90"}
+    assert set(classes["sm_100"]["entries"]) == {"k4-m8-1x32", "k3-m8-1x32"}
+    assert set(classes) == {"sm_80", "sm_100"}
     assert [path.name for path in cache.parent.iterdir()] == [cache.name]
 
 
 def test_many_rows_go_to_cublas(cache: Path) -> None:
     assert configs.choose_for(SPEC, 129, 8192, 8192, *ARGUMENTS)[0] is None
     assert configs.choose_for(SPEC, 128, 8192, 8192, *ARGUMENTS)[0] is not None
-    configs.write(cache, "sm_90", {}, cross_over_rows=40)
+    configs.write(cache, "sm_100", {}, cross_over_rows=40)
     assert configs.choose_for(SPEC, 41, 8192, 8192, *ARGUMENTS) == (
         None,
         "tuned: above the cross-over",
@@ -96,14 +96,14 @@ def test_many_rows_go_to_cublas(cache: Path) -> None:
 
 
 def test_a_measured_cross_over_goes_before_the_shipped_one(cache: Path) -> None:
-    configs.write(cache, "sm_90", {}, cross_over_rows=256)
+    configs.write(cache, "sm_100", {}, cross_over_rows=256)
     assert configs.choose_for(SPEC, 200, 8192, 8192, *ARGUMENTS)[0] is not None
     assert configs.choose_for(SPEC, 257, 8192, 8192, *ARGUMENTS)[0] is None
     assert configs.choose_for(SPEC, 129, 8192, 8192, "sm_80", 108)[0] is None
 
 
 @pytest.mark.parametrize(
-    "text", ["{", "[]", '{"classes": {"sm_90": {"entries": {"k4-m8-1x32": {"rows_x": 8}}}}}']
+    "text", ["{", "[]", '{"classes": {"sm_100": {"entries": {"k4-m8-1x32": {"rows_x": 8}}}}}']
 )
 def test_a_damaged_table_is_named(cache: Path, text: str) -> None:
     cache.parent.mkdir(parents=True)
@@ -123,3 +123,12 @@ def test_availability_has_a_reason() -> None:
     import torch
 
     assert usable <= torch.cuda.is_available()
+
+
+def test_every_shipped_entry_can_be_launched() -> None:
+    for found in json.loads(configs.SHIPPED.read_text())["classes"].values():
+        for key, entry in found["entries"].items():
+            config = Config.of(entry)
+            bits, rows = int(key[1]), int(key.split("-")[1][1:])
+            assert config.rows_x == configs.bucket(rows)
+            assert configs.fits(config, QuantSpec("nf", bits)), key

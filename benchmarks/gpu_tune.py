@@ -1,0 +1,195 @@
+"""The configurations that are shipped for a class of GPU, searched on a card: some two minutes.
+
+    python benchmarks/gpu_tune.py
+
+Products of the shapes that gpu.py measures run as chains of calls in a CUDA graph, those of
+Llama-3-8B with one row in the decode step itself, where their neighbours are others. Results go to
+the user's table (configs.tuned_path), whose class is then copied into configs.json, and to
+results/gpu-tune-<class>.json. `python benchmarks/gpu.py` checks and measures what was chosen.
+"""
+
+import gc
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from typing import Any
+
+from record import RESULTS, environment
+
+WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+SHAPES = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
+# of Llama-3-8B: qkv, out, gate and up, down, head
+LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+# bands, warps_n, warps_k, split
+EIGHT, FOUR = (1, 1, 8, 1), (1, 1, 4, 1)
+CUTS = (EIGHT, FOUR, (1, 2, 4, 1), (1, 1, 4, 2), (1, 1, 8, 2))
+# for each of LLAMA: the cut, and whether it overlaps with the kernel before
+STEPS = {
+    "alone": ((FOUR, 0), (EIGHT, 0), (FOUR, 0), (EIGHT, 0), (FOUR, 0)),
+    "alone, qkv by eight": ((EIGHT, 0), (EIGHT, 0), (FOUR, 0), (EIGHT, 0), (FOUR, 0)),
+    "alone, all by eight": ((EIGHT, 0),) * 5,
+    "overlap but down": ((EIGHT, 1), (EIGHT, 1), (FOUR, 1), (EIGHT, 0), (FOUR, 1)),
+    "overlap": ((EIGHT, 1), (EIGHT, 1), (FOUR, 1), (EIGHT, 1), (FOUR, 1)),
+    "overlap, all by eight": ((EIGHT, 1),) * 5,
+}
+
+
+def compile_all(bits: int, part: int) -> None:
+    """Run in its own process: fill Triton's cache with half of what one width is timed with."""
+    import torch
+
+    from kbit_kernels import QuantSpec
+    from kbit_kernels.triton.configs import Config
+    from kbit_kernels.triton.device import fused_linear
+    from kbit_kernels.triton.measure import random_weight
+
+    def half(*shape: int) -> torch.Tensor:
+        return torch.zeros(shape, dtype=torch.float16, device="cuda")
+
+    rows = 256
+    configs = [Config(m, *cut, bool(o)) for m in (8, 16, 32) for cut in CUTS for o in (0, 1)]
+    for k in sorted({k for _, k in SHAPES + LLAMA}):
+        weight = random_weight(QuantSpec("int", bits), (rows, k))
+        for config in configs[part::2]:
+            fused_linear(half(1, k), weight, config)
+            if config.rows_x == 8:
+                fused_linear(half(1, k), weight, config, onto=half(1, rows))
+                fused_linear(half(1, k), weight, config, gate="silu")
+
+
+def decode_steps(bits: int) -> tuple[dict[str, float], dict[tuple[int, int], Any]]:
+    """Microseconds of a decode step of Llama-3-8B's shapes by STEPS, and the best one's
+    configurations by shape."""
+    import torch
+
+    import gpu_decode
+    from kbit.engine.cuda_executor import CudaExecutor
+    from kbit.models import describe
+    from kbit_kernels import QuantSpec
+    from kbit_kernels.triton import device
+    from kbit_kernels.triton.configs import Config
+    from kbit_kernels.triton.measure import medians_us
+
+    loader = type("Loader", (gpu_decode.RandomLoader,), {"spec": QuantSpec("int", bits)})
+    kind = type("Executor", (CudaExecutor,), {"loader_class": loader})
+    executor = kind({}, describe(gpu_decode.LLAMA_3_8B), "cuda", torch.float16, torch.float16)
+    tables = {
+        name: {
+            shape: Config(8, *cut, bool(overlap))
+            for shape, (cut, overlap) in zip(LLAMA, step, strict=True)
+        }
+        for name, step in STEPS.items()
+    }
+    timed, caches, choose = {}, [], device.choose
+    try:
+        for name, table in tables.items():
+            device.choose = lambda spec, m, n, k, where, table=table: table[n, k]  # type: ignore
+            cache = executor.new_cache(1, gpu_decode.CONTEXT)
+            caches.append(cache)
+            with torch.inference_mode():
+                replay = partial(cache.step, [1], [gpu_decode.CONTEXT - 1])
+                replay()
+            timed[name] = gpu_decode.Replay(cache.step, replay)
+    finally:
+        device.choose = choose
+    us = medians_us(timed, 25)
+    return us, tables[min(us, key=us.__getitem__)]
+
+
+def products(bits: int, shape: tuple[int, int], skip: set[str]) -> Iterator[dict[str, Any]]:
+    """The best configuration for 1, 16 and 32 rows, beside cuBLAS fp16."""
+    import torch
+
+    from gpu import dense_calls
+    from kbit_kernels import QuantSpec
+    from kbit_kernels.triton.configs import Config, bucket, entry_key
+    from kbit_kernels.triton.device import fused_linear
+    from kbit_kernels.triton.measure import Timed, copies, medians_us, random_weight
+
+    spec, (n, k) = QuantSpec("int", bits), shape
+    first = random_weight(spec, shape)
+    weights = [first, *(random_weight(spec, shape) for _ in range(copies(first.nbytes) - 1))]
+    for rows in (1, 16, 32):
+        if entry_key(spec, rows, n, k) in skip:
+            continue
+        x = torch.randn((rows, k), dtype=torch.float16, device="cuda")
+        configs = {
+            str(config): config
+            for cut in CUTS
+            for config in (Config(bucket(rows), *cut), Config(bucket(rows), *cut, True))
+        }
+        timed = {
+            name: Timed([partial(fused_linear, x, weight, config) for weight in weights])
+            for name, config in configs.items()
+        }
+        us = medians_us(timed, 4)
+        best = {name: timed[name] for name in sorted(us, key=us.__getitem__)[:3]}
+        us = medians_us({**best, "cublas": Timed(dense_calls(n, k, x))}, 9)
+        cublas = us.pop("cublas")
+        name = min(us, key=us.__getitem__)
+        yield {
+            "spec": str(spec),
+            "shape": [n, k],
+            "rows": rows,
+            "us": us[name],
+            "cublas_us": cublas,
+            "nbytes": first.nbytes,
+            "config": configs[name],
+        }
+
+
+def main() -> None:
+    """Search, save after every width."""
+    import torch
+
+    from kbit_kernels import QuantSpec
+    from kbit_kernels.triton.configs import as_entry, entry_key, gpu_class, tuned_path, write
+    from kbit_kernels.triton.measure import copy_bandwidth_gb_s
+
+    started = time.monotonic()
+    with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
+        parts = [(bits, part) for bits in WIDTHS for part in (0, 1)]
+        list(pool.map(compile_all, *zip(*parts, strict=True)))
+    gpu, _ = gpu_class(torch.device("cuda", torch.cuda.current_device()))
+    result: dict[str, Any] = {
+        "command": "python benchmarks/gpu_tune.py",
+        "environment": environment(),
+        "gpu": torch.cuda.get_device_name(),
+        "copy_gb_s": copy_bandwidth_gb_s(),
+        "steps": [],
+        "products": [],
+    }
+    path = RESULTS / f"gpu-tune-{gpu}.json"
+    done: set[str] = set()
+    for bits in WIDTHS:
+        spec = QuantSpec("int", bits)
+        us, table = decode_steps(bits)
+        gc.collect()
+        torch.cuda.empty_cache()
+        result["steps"].append(
+            {"spec": str(spec), "us": us, "tokens_per_s": 1e6 / min(us.values())}
+        )
+        entries = {
+            entry_key(spec, 1, *shape): as_entry(config, f"decode step, {min(us.values()):.0f} us")
+            for shape, config in table.items()
+        }
+        done |= set(entries)
+        for shape in SHAPES:
+            for row in products(bits, shape, done):
+                config = row.pop("config")
+                key = entry_key(spec, row["rows"], *shape)
+                entries[key] = as_entry(config, f"chain, {row['us']:.1f} us")
+                result["products"].append({**row, "choice": str(config)})
+            torch.cuda.empty_cache()
+        write(tuned_path(), gpu, entries)
+        aside = path.with_suffix(".tmp")
+        aside.write_text(json.dumps(result, indent=1) + "\n")
+        aside.replace(path)
+        print(f"{spec}: {1e6 / min(us.values()):.0f} tok/s, {time.monotonic() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main()
