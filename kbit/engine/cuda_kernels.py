@@ -22,9 +22,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def _rms_norm_kernel(
+def _rms_norm_kernel(  # type: ignore[no-untyped-def]
     x_ptr, weight_ptr, out_ptr, eps, D, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     weight = tl.load(weight_ptr + d, mask=d < D, other=0.0)
@@ -59,9 +59,9 @@ class RmsNorm:
 
 
 @triton.jit
-def _gate_kernel(
+def _gate_kernel(  # type: ignore[no-untyped-def]
     x_ptr, out_ptr, F, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr, OVERLAPS: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     after_others(OVERLAPS)
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

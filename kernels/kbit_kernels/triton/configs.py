@@ -5,7 +5,7 @@ directory. An entry says for which bits, rows of x and shape it was found, and h
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,14 @@ class Config:
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Config":
         """The configuration of a table's entry, which may say more."""
-        numbers = [int(entry[f.name]) for f in fields(cls) if f.name != "overlap"]
-        return cls(*numbers, overlap=bool(entry.get("overlap", False)))
+        return cls(
+            int(entry["rows_x"]),
+            int(entry["bands"]),
+            int(entry["warps_n"]),
+            int(entry["warps_k"]),
+            int(entry["split"]),
+            bool(entry.get("overlap", False)),
+        )
 
 
 def bucket(rows: int) -> int:

@@ -112,7 +112,7 @@ class Timed:
         gc.disable()
         try:
             with torch.cuda.graph(graph):
-                self.kept = [call() for call in calls * repeats]
+                self.kept = [call() for call in list(calls) * repeats]
         finally:
             gc.enable()
         self.replay = graph.replay
