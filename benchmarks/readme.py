@@ -168,7 +168,7 @@ def start() -> str:
 def gpu() -> str:
     """The results of benchmarks/gpu.py, a file a class of GPU; says so where there is none."""
     parts = []
-    for path in sorted(RESULTS.glob("gpu-*.json")):
+    for path in sorted(RESULTS.glob("gpu-sm_*.json")):
         data = load(path.stem)
         shape = [8192, 8192]
         at = [r for r in data["sweep"] if r["shape"] == shape and "us" in r]
@@ -193,6 +193,7 @@ def gpu() -> str:
             header = ["Llama-3-8B shapes", "batch", "attention", "tokens/s", "of the byte roofline"]
             parts.append(markdown(header, rows))
         parts.append(f"<sub>{source(data)}</sub>")
+    parts += [tuned(load(path.stem)) for path in sorted(RESULTS.glob("gpu-tune-*.json"))]
     if not parts:
         return (
             "No speed stands here, because none has been measured yet: `python benchmarks/gpu.py` "
@@ -200,6 +201,31 @@ def gpu() -> str:
             "table here."
         )
     return "\n\n".join(parts)
+
+
+def tuned(data: dict[str, Any]) -> str:
+    """What benchmarks/gpu_tune.py measured with the configurations that it chose."""
+    at = {
+        (row["spec"], row["rows"]): row
+        for row in data["products"]
+        if row["shape"] == [8192, 8192] and "cublas_us" in row
+    }
+    rows = []
+    for step in data["steps"]:
+        one, *more = (at[step["spec"], m] for m in (1, 16, 32))
+        share = 100 * one["nbytes"] / one["us"] / 1e3 / data["copy_gb_s"]
+        times = [f"{row['cublas_us'] / row['us']:.2f}" for row in (one, *more)]
+        rows.append(
+            [step["spec"], f"{one['us']:.1f}", f"{share:.0f} %", *times,
+             f"{step['tokens_per_s']:.0f}"]
+        )  # fmt: skip
+    header = [
+        "8192 x 8192", "us, M = 1", "of copy bandwidth", "x cuBLAS fp16, M = 1", "M = 16", "M = 32",
+        "Llama-3-8B shapes, batch 1, tokens/s",
+    ]  # fmt: skip
+    title = f"**{data['gpu']}**, {data['copy_gb_s']:.0f} GB/s of copying"
+    note = f" {data['note']}" if "note" in data else ""
+    return f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}{note}</sub>"
 
 
 def render(text: str) -> str:
