@@ -26,8 +26,8 @@ PATHS = {
     "sixteen-rows": (13, [16, 1, 1, 2, 1]),
     "sixteen-rows-split": (16, [16, 2, 1, 1, 2]),
     "gemm-32": (27, [32, 2, 2, 2, 1]),
-    "gemm-64": (64, [64, 1, 4, 1, 1]),
-    "gemm-64-split": (50, [64, 1, 2, 1, 2]),
+    "programs-of-rows": (64, [32, 1, 4, 1, 1]),
+    "gemm-32-split": (50, [32, 1, 2, 1, 2]),
     "many-rows": (37, [32, 1, 2, 1, 2]),
 }
 PATH_CASES = [
@@ -35,7 +35,7 @@ PATH_CASES = [
     ("split-uneven", "uint3-b32"),
     ("gemm-32", "uint8-row"),
     ("sixteen-rows", "nf5-row"),
-    ("gemm-64", "fp6e3-b128"),
+    ("programs-of-rows", "fp6e3-b128"),
 ]
 
 
@@ -71,6 +71,23 @@ def test_every_type_and_width(interpreted: Run, width: int, name: str) -> None:
 def test_small_floats_in_bf16(interpreted: Run, name: str) -> None:
     # their smallest magnitudes pass through subnormal bit patterns
     check(interpreted, f"{name}-b64", ptx=False, dtype="bfloat16", n=16, k=256)
+
+
+@pytest.mark.parametrize("gate", ["silu", "gelu", "gelu_tanh", "relu"])
+@pytest.mark.parametrize(
+    ("spec", "path"),
+    [
+        ("int4-b64", "one-warp"),
+        ("uint3-row", "two-bands"),
+        ("nf5-b32-out0.05", "sixteen-rows-split"),
+    ],
+)
+def test_what_follows_a_product(interpreted: Run, spec: str, path: str, gate: str) -> None:
+    m, config = PATHS[path]
+    shape = {"n": 48, "k": 352, "m": m, "dtype": "float16", "config": config}
+    answer = interpreted(spec=spec, ptx=False, gate=gate, **shape)
+    assert answer["gate"] <= 1.0, answer
+    assert answer["onto"] <= 1.0, answer
 
 
 @pytest.mark.parametrize(("width", "name"), DECODED_APART)

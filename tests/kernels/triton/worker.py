@@ -132,7 +132,24 @@ def run(case: dict[str, Any]) -> dict[str, Any]:
     def worst(found: torch.Tensor, wanted: np.ndarray, allowed: np.ndarray) -> float:
         return float((np.abs(found.float().numpy() - wanted) / allowed).max())
 
-    return {
+    answer = {}
+    if "gate" in case:
+        halves = (expected.reshape(m, n // 16, 2, 8), bound.reshape(m, n // 16, 2, 8))
+        (gate, through), (gate_bound, through_bound) = (np.moveaxis(a, 2, 0) for a in halves)
+        opened = device.ACTIVATIONS[case["gate"]](torch.from_numpy(gate)).numpy()
+        # no activation is steeper than 1.2
+        allowed = 1.2 * gate_bound * (np.abs(through) + through_bound)
+        allowed += np.abs(opened) * through_bound
+        found = torch.full((m, n // 2), float("nan"), dtype=dtype)
+        device.fused_linear(x, weight, Config(*case["config"]), bias, found, gate=case["gate"])
+        wanted = (opened * through).reshape(m, n // 2)
+        allowed = allowed.reshape(m, n // 2) + rounding * np.abs(wanted)
+        answer["gate"] = worst(found, wanted, allowed)
+        onto = torch.from_numpy(rng.standard_normal((m, n)).astype(np.float32)).to(dtype)
+        found = device.fused_linear(x, weight, Config(*case["config"]), bias, onto=onto)
+        wanted = expected + onto.float().numpy()
+        answer["onto"] = worst(found, wanted, bound + rounding * np.abs(wanted))
+    return answer | {
         "linear": worst(out, expected, bound),
         "dequantize": worst(restored, weights, weights_bound),
         "ptx_blocks": _executed,
