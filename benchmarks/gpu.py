@@ -185,6 +185,8 @@ def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     """The gate over several processes: what is wrong, by spec, "attention" or "process"."""
     specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
     specs += ["int4-row", "int3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64", "int4-b64-center"]
+    for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
+        os.environ[f"{library}_NUM_THREADS"] = "1"
     jobs = min(12, os.cpu_count() or 1)
     wrong: dict[str, list[str]] = {}
     with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
