@@ -157,6 +157,8 @@ def decode(
                 _decode_plain(words, table_ptr, j, FIELDS, BITS, KIND, EXPONENT, DT),
             )
     else:
+        # said to be impure, else Triton looks through it at what was loaded, and orders the left
+        # operand's columns by that
         values = tl.inline_asm_elementwise(
             PTX,
             CONSTRAINTS,
@@ -316,11 +318,7 @@ def pick(packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
 def word_zeros(
     packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, DT: tl.constexpr
 ):
-    """Zero points for the words of a chunk, `[R, W, 32, 8]`.
-
-    Selected, not joined: for a join among the left operand's inputs Triton orders its columns
-    differently.
-    """
+    """Zero points for the words of a chunk, `[R, W, 32, 8]`."""
     R: tl.constexpr = packed[0].shape[0]
     W: tl.constexpr = packed[0].shape[1]
     N: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1

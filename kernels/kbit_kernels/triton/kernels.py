@@ -7,8 +7,7 @@ that a warp multiplies on its own (`tl.dot` in 3 dimensions) and exchanges nothi
 Axes of loaded tensors, slowest first, are chosen so that Triton's own layouts put every element
 into the lane that needs it: what stays in registers (R, BM / 8), warps W, lanes (g 8, t 4), then
 the contiguous words of a lane. The order of the 16 columns k of a product is free, so it is what
-Triton expects lanes to hold: (hi, t, lo), but (t, hi, lo) where bytes (the zeros of `uint`) are
-among the left operand's inputs. With other layouts results are the same, only slower.
+Triton expects lanes to hold: (hi, t, lo). With other layouts results are the same, only slower.
 """
 # mypy: ignore-errors
 # ruff: noqa: RUF005, SIM108 (the Triton language has no such forms)
@@ -211,6 +210,7 @@ def linear_kernel(
                         if SUBTRACT == "":
                             a = (a.to(tl.float32) - z.to(tl.float32)).to(DT)
                         else:
+                            # impure, like what decodes
                             a = tl.inline_asm_elementwise(
                                 SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=False, pack=2
                             )
