@@ -80,7 +80,7 @@ def compile_linear(
         "GATE": "",
         "OVERLAPS": chip in OVERLAPPING,
     }
-    options = launch_options(spec, config, chip in AMD)
+    options = launch_options(config, chip in AMD)
     return _compile(kernels.linear_kernel, spec, chip, half, constants, options)
 
 

@@ -241,6 +241,8 @@ def linear_constants(
         "WN": config.warps_n,
         "WK": config.warps_k,
         "SPLIT": config.split,
+        # with more rows of x, or the lookups of 7 bits, registers are short
+        "AHEAD": config.rows_x == 8 and not (spec.bits == 7 and scheme_of(spec).kind == "table"),
         "FENCE": FENCE_PTX if use_ptx else "",
     }
 
@@ -250,13 +252,9 @@ def launch_warps(warps: int, amd: bool) -> int:
     return max(1, warps // 2) if amd else warps
 
 
-def launch_options(spec: QuantSpec, config: Config, amd: bool) -> dict[str, int]:
+def launch_options(config: Config, amd: bool) -> dict[str, int]:
     """Triton's options for `kernels.linear_kernel`."""
-    options = {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
-    # left alone, ptxas spills a few registers there to get by with fewer
-    if scheme_of(spec).kind == "table" and spec.bits == 7 and config.rows_x == 8 and not amd:
-        options["maxnreg"] = 96
-    return options
+    return {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
 
 
 def overlapping(device: torch.device, early: bool = False) -> dict[str, bool]:
@@ -347,7 +345,7 @@ def fused_linear(
         HAS_EXTRA=extra is not None,
         HAS_BIAS=bias is not None,
         GATE=gate,
-        **launch_options(kernel_spec(weight.spec), config, torch.version.hip is not None),
+        **launch_options(config, torch.version.hip is not None),
         **linear_constants(
             kernel_spec(weight.spec), DTYPE_NAMES[weight.dtype], weight.use_ptx, config, K
         ),

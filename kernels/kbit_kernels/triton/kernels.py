@@ -79,6 +79,7 @@ def linear_kernel(
     SUBTRACT: tl.constexpr,
     FILL: tl.constexpr,
     FENCE: tl.constexpr,
+    AHEAD: tl.constexpr,
     OVERLAPS: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -132,26 +133,36 @@ def linear_kernel(
     w_ptrs = tl.max_contiguous(w_ptrs, [1, 1, 2, 4])
     x_ptrs = tl.max_contiguous(x_ptrs, [1, 1, SPAN, 2 * SPAN, 4 * SPAN])
 
-    # With few rows of x registers are left for a whole tile of weights, which is asked for at the
-    # end of the step before; weights are nobody's result, so the first one before others are
-    # waited for. With more rows chunks are asked for as they are used.
-    AHEAD: tl.constexpr = BM == 8
+    # AHEAD: a whole tile of weights is asked for at the end of the step before; as weights are
+    # nobody's result, the first one before others are waited for. Else chunks as they are used.
+    if BLOCK != 0:
+        scales_at = block_pointers(scales_ptr, band, last_band, first4, tiles, R, BLOCK)
+    if KIND == "uint":
+        zeros_at = block_pointers(zeros_ptr, band, last_band, first4, tiles, R, BLOCK)
+    if HAS_MEANS:
+        means_at = block_pointers(means_ptr, band, last_band, first4, tiles, R, BLOCK)
     valid4 = first4 < tiles
     if AHEAD:
         words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, EVEN_TILES)
-    if BLOCK != 0:
-        scales_at = block_pointers(scales_ptr, band, last_band, first4, tiles, R, BLOCK)
-        scales = block_values(scales_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
-    if KIND == "uint":
-        zeros_at = block_pointers(zeros_ptr, band, last_band, first4, tiles, R, BLOCK)
-        zeros = block_values(zeros_at, 0, first4, valid4, ZEROS, BLOCK, EVEN_TILES)
-    if HAS_MEANS:
-        means_at = block_pointers(means_ptr, band, last_band, first4, tiles, R, BLOCK)
-        means = block_values(means_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
+        if BLOCK != 0:
+            scales = block_values(scales_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
+        if KIND == "uint":
+            zeros = block_values(zeros_at, 0, first4, valid4, ZEROS, BLOCK, EVEN_TILES)
+        if HAS_MEANS:
+            means = block_values(means_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
     acc = tl.zeros([W, ROWS, BM], tl.float32)
     after_others(OVERLAPS)
     for step in range(0, tiles, WK * SPLIT):
-        # else the compiler would ask for most of the tile late, to save registers
+        if not AHEAD:
+            tile4 = step + first4
+            valid4 = tile4 < tiles
+            if BLOCK != 0:
+                scales = block_values(scales_at, step, tile4, valid4, SCALES, BLOCK, EVEN_TILES)
+            if KIND == "uint":
+                zeros = block_values(zeros_at, step, tile4, valid4, ZEROS, BLOCK, EVEN_TILES)
+            if HAS_MEANS:
+                means = block_values(means_at, step, tile4, valid4, SCALES, BLOCK, EVEN_TILES)
+        # else the compiler would ask for most of it late, to save registers
         in_order(FENCE, False)
         part = tl.zeros([W, ROWS, BM], tl.float32)
         x_sum = tl.zeros([W, ROWS, BM], tl.float32)
@@ -249,16 +260,17 @@ def linear_kernel(
                             part = tl.zeros([W, ROWS, BM], tl.float32)
         w_ptrs += WK * SPLIT * (BITS * 128)
         x_ptrs += WK * SPLIT * 256
-        later = step + WK * SPLIT
-        valid4 = later + first4 < tiles
         if AHEAD:
+            later = step + WK * SPLIT
+            tile4 = later + first4
+            valid4 = tile4 < tiles
             words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, False)
-        if BLOCK != 0:
-            scales = block_values(scales_at, later, later + first4, valid4, SCALES, BLOCK, False)
-        if KIND == "uint":
-            zeros = block_values(zeros_at, later, later + first4, valid4, ZEROS, BLOCK, False)
-        if HAS_MEANS:
-            means = block_values(means_at, later, later + first4, valid4, SCALES, BLOCK, False)
+            if BLOCK != 0:
+                scales = block_values(scales_at, later, tile4, valid4, SCALES, BLOCK, False)
+            if KIND == "uint":
+                zeros = block_values(zeros_at, later, tile4, valid4, ZEROS, BLOCK, False)
+            if HAS_MEANS:
+                means = block_values(means_at, later, tile4, valid4, SCALES, BLOCK, False)
 
     y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1)  # [WN, ROWS, BM]
     n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * ROWS + tl.arange(0, ROWS)[None, :, None]
