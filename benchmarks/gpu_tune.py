@@ -1,4 +1,4 @@
-"""The configurations that are shipped for a class of GPU, searched on a card: some two minutes.
+"""The configurations that are shipped for a class of GPU, searched on a card.
 
     python benchmarks/gpu_tune.py
 
@@ -86,7 +86,7 @@ def decode_steps(bits: int) -> tuple[dict[str, float], dict[tuple[int, int], Any
     timed, caches, choose = {}, [], device.choose
     try:
         for name, table in tables.items():
-            device.choose = lambda spec, m, n, k, where, table=table: table[n, k]  # type: ignore
+            device.choose = lambda spec, m, n, k, where, table=table: table[n, k]  # type: ignore[assignment]
             cache = executor.new_cache(1, gpu_decode.CONTEXT)
             caches.append(cache)
             with torch.inference_mode():
