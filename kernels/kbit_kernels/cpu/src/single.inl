@@ -131,46 +131,60 @@ struct Single {
     return V::fma(value, V::set1(scale), acc);
   }
 
-  // `count` blocks from `first` on of a row, of which `whole` have all their columns. ahead: codes to
-  // ask for meanwhile.
-  static inline __attribute__((always_inline)) V::F blocks(
-      const Recode& recode, const uint8_t* const (&planes)[3], int64_t first, int whole, int count,
-      const Input& in, const float* scales, const uint8_t* ahead, V::F acc) {
-    int b = 0;
-    if constexpr (kBytes) {
-      const int8_t* x = static_cast<const int8_t*>(in.values) + first * kStep;
-      const int64_t digit = in.padded;
-      for (; b + kChunkBlocks <= whole; b += kChunkBlocks, x += kChunk) {
-        ask(ahead, kChunk * BITS / 8);
-        V::I dot;
-        if constexpr (kDigits) {
-          dot = V::template dots<BITS, LUT, true>(recode, planes, (first + b) * 2, x, x + digit);
-        } else {
-          dot = V::template dots<BITS, LUT, false>(recode, planes, (first + b) * 2, x, x);
+  // Blocks of a row: `count` from `first` on, of which `whole` have all their columns.
+  struct Span {
+    int64_t first;
+    int whole, count;
+  };
+
+  // The products of `rows` rows from `row` on, added to sums. A function of its own, because what
+  // `run` keeps beside it would take the registers.
+  static __attribute__((noinline)) void multiply(const Recode& recode_of, const uint8_t* row,
+                                                 int64_t units, int rows, const Span& span, const Input& in,
+                                                 const float (*scales)[kSpan + V::kFloats],
+                                                 const uint8_t* codes_end, V::F* sums) {
+    const Recode recode = recode_of;
+    const int64_t first = span.first, row_bytes = units * 4 * BITS;
+    const int whole = span.whole, chunked = kBytes ? whole / kChunkBlocks * kChunkBlocks : 0;
+    const bool tail = whole < span.count;
+    int64_t offsets[3];
+    plane_offsets<BITS>(units, offsets);
+    const int8_t* const first_x = static_cast<const int8_t*>(in.values) + first * kStep;
+    const int64_t low = kDigits ? in.padded : 0;
+    for (int r = 0; r < rows; ++r, row += row_bytes) {
+      const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
+      const float* const scale = scales[r];
+      const uint8_t* ahead = row + first * (kStep * BITS / 8) + kAhead;
+      if (ahead >= codes_end) ahead = row;
+      V::F acc = sums[r];
+      int b = 0;
+      if constexpr (kBytes) {
+        const int8_t* x = first_x;
+        for (; b < chunked; b += kChunkBlocks, x += kChunk) {
+          ask(ahead, kChunk * BITS / 8);
+          const V::I dot = V::template dots<BITS, LUT, kDigits>(recode, planes, (first + b) * 2, x, x + low);
+          acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scale + b), acc);
         }
-        acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scales + b), acc);
       }
+      for (; b < whole; ++b) {
+        ask(ahead, kStep * BITS / 8);
+        acc = block<false>(recode, planes, first + b, in, scale[b], acc);
+      }
+      if (tail) acc = block<true>(recode, planes, first + b, in, scale[b], acc);
+      sums[r] = acc;
     }
-    for (; b < whole; ++b) {
-      ask(ahead, kStep * BITS / 8);
-      acc = block<false>(recode, planes, first + b, in, scales[b], acc);
-    }
-    return b < count ? block<true>(recode, planes, first + b, in, scales[b], acc) : acc;
   }
 
   static void run(const Matrix& m, const Input& in, int64_t, int, float* y, int64_t, int64_t begin,
                   int64_t end) {
     const Tensor& t = m.tensor;
     const int64_t units = (t.cols + 31) / 32, row_bytes = units * 4 * BITS, steps = (units + 1) / 2;
-    const RowScales row_scales(m, meaning(kDigits ? 8 : WIDTH, m));
+    const RowScales scale_rows(m, meaning(kDigits ? 8 : WIDTH, m));
     const ScaleBytes scale_bytes(m);
     const Recode recode(m.tables);
-    const uint8_t* row = static_cast<const uint8_t*>(t.codes) + begin * row_bytes;
-    int64_t offsets[3];
-    plane_offsets<BITS>(units, offsets);
-    const uint8_t* const codes_end = row + (end - begin) * row_bytes;
-    // Nothing is asked for while scales are worked out: long rows do that one by one, short ones
-    // share its beginning and end.
+    const uint8_t* const codes = static_cast<const uint8_t*>(t.codes);
+    const uint8_t* const codes_end = codes + end * row_bytes;
+    // Nothing is asked for while scales are worked out, so few long rows at a time.
     const int batch = steps < kLongRow ? V::kFloats : 4;
     alignas(64) float scales[V::kFloats][kSpan + V::kFloats];
     for (int64_t n = begin; n < end; n += V::kFloats) {
@@ -178,24 +192,18 @@ struct Single {
       alignas(64) V::F sums[V::kFloats];
       KBIT_UNROLL
       for (int r = 0; r < V::kFloats; ++r) sums[r] = V::zero();
-      for (int64_t first = 0; first < steps; first += kSpan) {
-        const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
-        const int whole = static_cast<int>(least<int64_t>(count, units / 2 - first));
-        for (int r = 0; r < rows;) {
-          const int stop = least(r + batch, rows);
-          row_scales.load<WIDTH != 32>(in, n + r, stop - r, first, count, scales + r, sums + r);
-          for (; r < stop; ++r, row += row_bytes) {
-            prefetch(scale_bytes.begin + (n + r) * scale_bytes.row + kScalesAhead, scale_bytes.row,
-                     scale_bytes.end);
-            const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
-            const uint8_t* const ahead = row + first * (kStep * BITS / 8) + kAhead;
-            sums[r] = blocks(recode, planes, first, whole, count, in, scales[r],
-                             ahead < codes_end ? ahead : row, sums[r]);
-          }
+      for (int r = 0; r < rows; r += batch) {
+        const int here = least(batch, rows - r);
+        prefetch(scale_bytes.begin + (n + r) * scale_bytes.row + kScalesAhead, here * scale_bytes.row,
+                 scale_bytes.end);
+        for (int64_t first = 0; first < steps; first += kSpan) {
+          const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
+          const Span span = {first, static_cast<int>(least<int64_t>(count, units / 2 - first)), count};
+          scale_rows.load<WIDTH != 32>(in, n + r, here, first, count, scales, sums + r);
+          multiply(recode, codes + (n + r) * row_bytes, units, here, span, in, scales, codes_end, sums + r);
         }
-        if (first + kSpan < steps) row -= rows * row_bytes;
       }
-      const V::F made = V::mul(V::sums(sums), V::set1(row_scales.factor));
+      const V::F made = V::mul(V::sums(sums), V::set1(scale_rows.factor));
       if (rows == V::kFloats) V::store(y + n, made);
       else V::store_part(y + n, made, rows);
     }
