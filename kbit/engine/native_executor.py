@@ -83,12 +83,12 @@ def load(
 ) -> NativeExecutor:
     """An executor over the checkpoint's memory-mapped tensors.
 
-    cache_dtype: of keys and values, "fp32" or "fp16"; where None, fp32 with "float", else fp16, which
-    rounds less than the inputs are rounded. threads: default_threads() where None. arithmetic:
-    "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many bits), "bf16"
-    (int16, and bf16 for prompts where there is AMX), or "fast", the fastest of them that adds at
-    most 2 % to the weights' own divergence. isa: an instruction set instead of the best. Raises
-    KbitError for unknown options and tensors that don't fit.
+    cache_dtype: of keys and values, "fp32" or "fp16"; where None, fp32 with "float" and else fp16,
+    which rounds less than the inputs are rounded. threads: default_threads() where None.
+    arithmetic: "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many
+    bits), "bf16" (int16, and bf16 for prompts where there is AMX), or "fast", the fastest of them
+    that adds at most 2 % to the weights' own divergence. isa: an instruction set instead of the
+    best. Raises KbitError for unknown options and tensors that don't fit.
     """
     assert device == "cpu"
     if dtype != "fp32":
