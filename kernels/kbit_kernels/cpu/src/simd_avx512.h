@@ -1,4 +1,4 @@
-// AVX-512 with VNNI and VBMI (Ice Lake, Sapphire Rapids, Zen 4 and later): 64 codes at a time.
+// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Sapphire Rapids, Zen 4 and later): 64 codes at a time.
 // See simd_portable.h for what V must have.
 #pragma once
 
@@ -194,7 +194,8 @@ struct V {
   }
 
   // Products with one token take as many codes at once as fill a vector of the 2-bit plane, or of the
-  // 4-bit plane where there is none (see order_of): planes beside it are brought to its order.
+  // 4-bit plane where there is none (see order_of): planes beside it are brought to its order. With 3
+  // bits it is a vector of the 1-bit plane.
   static constexpr int order(int bits) { return bits == 8 ? 0 : bits == 3 ? 3 : bits & 2 ? 2 : 1; }
   static constexpr bool digits(int) { return true; }
   template <int SIZE, int FIELD>
