@@ -78,15 +78,17 @@ struct Single {
       std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
                          typename V::template Floats<BITS, LUT>>>;
 
-  // From 5 bits on a thread takes its codes about as fast as memory gives them: then the second level
-  // has room for more on the way than the first.
-  static constexpr int64_t kAhead = BITS > 4 ? 2 * kCodesAhead : kCodesAhead;
+  // Codes are asked into the second level, which has room for more on the way, and from there into the first.
+  static constexpr int64_t kAhead = 2 * kCodesAhead, kNear = 1024;
 
   // Asks for the next `bytes` of the codes; once a step, since a burst fills the queue to memory and
   // then holds up the loads behind it.
   static inline __attribute__((always_inline)) void ask(const uint8_t*& ahead, int bytes) {
     KBIT_UNROLL
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, BITS > 4 ? 2 : 3);
+    for (int i = 0; i < bytes; i += 64) {
+      __builtin_prefetch(ahead + i, 0, 2);
+      __builtin_prefetch(ahead + i - kAhead + kNear, 0, 3);
+    }
     ahead += bytes;
   }
 
