@@ -20,8 +20,10 @@ ARGUMENTS = ("sm_100", 148)  # a class without shipped entries
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs.fused_for.cache_clear()
     configs.choose_for.cache_clear()
     yield configs.tuned_path()
+    configs.fused_for.cache_clear()
     configs.choose_for.cache_clear()
 
 
@@ -130,5 +132,6 @@ def test_every_shipped_entry_can_be_launched() -> None:
         for key, entry in found["entries"].items():
             config = Config.of(entry)
             bits, rows = int(key[1]), int(key.split("-")[1][1:])
-            assert config.rows_x == configs.bucket(rows)
+            assert config.rows_x <= configs.bucket(rows)
+            assert config.rows_x == configs.bucket(rows) or rows > configs.LINEAR_ROWS
             assert configs.fits(config, QuantSpec("nf", bits)), key
