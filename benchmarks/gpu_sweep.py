@@ -178,6 +178,7 @@ def plots(rows: list[dict[str, Any]], stem: Path, shape: tuple[int, int]) -> Non
             style = "-" if name.startswith("int") else "--"
             axes.plot(sorted(at), [at[m] for m in sorted(at)], style, marker="o", label=name)
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(lambda rows, _: f"{rows:g}")
     axes.axhline(1, color="grey", linestyle=":")
     axes.set(xlabel="rows of x", ylabel="x cuBLAS fp16", title=f"{n} x {k}")
     axes.legend()

@@ -71,18 +71,6 @@ class CudaLoader(Loader):
             bias = torch.cat([zero if b is None else b for b in biases])[torch.from_numpy(order)]
         return KernelLinear(stacked.rows(order), bias, self, gate=activation)
 
-    def dense(self, weight: np.ndarray | QuantizedTensor) -> Tensor:
-        """As in Loader; on a GPU it is dequantized there."""
-        if (
-            isinstance(weight, QuantizedTensor)
-            and self.dtype in HALVES
-            and self.device.startswith("cuda")
-        ):
-            from kbit_kernels.triton import dequantize, prepare
-
-            return dequantize(prepare(weight, self.device, self.dtype))
-        return super().dense(weight)
-
     def fused_norm(self, weight: Tensor, eps: float) -> Layer | None:
         kernels = self._kernels()
         return None if kernels is None else kernels.RmsNorm(weight, eps)
