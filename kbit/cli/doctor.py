@@ -39,6 +39,7 @@ FEATURES = (
     "avx512_vnni",
     "avx512_vbmi",
     "avx512vbmi",
+    "gfni",
     "avx512_bf16",
     "amx_int8",
     "asimddp",

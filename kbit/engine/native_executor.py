@@ -76,14 +76,15 @@ def load(
     device: str = "cpu",
     *,
     dtype: str = "fp32",
-    cache_dtype: str = "fp32",
+    cache_dtype: str | None = None,
     threads: int | None = None,
     arithmetic: str = "float",
     isa: str | None = None,
 ) -> NativeExecutor:
     """An executor over the checkpoint's memory-mapped tensors.
 
-    cache_dtype: of keys and values, "fp32" or "fp16". threads: default_threads() where None.
+    cache_dtype: of keys and values, "fp32" or "fp16"; where None, fp32 with "float" and else fp16,
+    which rounds less than the inputs are rounded. threads: default_threads() where None.
     arithmetic: "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many
     bits), "bf16" (int16, and bf16 for prompts where there is AMX), or "fast", the fastest of them
     that adds at most 2 % to the weights' own divergence. isa: an instruction set instead of the
@@ -95,10 +96,12 @@ def load(
             f"dtype is {dtype!r}, but the native executor computes in fp32; leave it out, or ask "
             "for the backend torch"
         )
-    _known("cache_dtype", cache_dtype, CACHE_TYPES)
     _known("arithmetic", arithmetic, (*library.ARITHMETICS, "fast"))
     if arithmetic == "fast":
         arithmetic = fast_arithmetic(checkpoint, decoder)
+    if cache_dtype is None:
+        cache_dtype = "fp32" if arithmetic == "float" else "fp16"
+    _known("cache_dtype", cache_dtype, CACHE_TYPES)
     if isa is not None:
         _known("isa", isa, library.ISAS)
     if threads is not None and not 1 <= threads <= library.MOST_THREADS:

@@ -1,9 +1,6 @@
 // Runs every product over buffers that end right before a page that may not be touched, through the
 // C ABI, and holds the results to a plain loop over the dequantized weights. Linked with the
 // installed library, or with sources under sanitizers. Argument: take every n-th case only.
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -11,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "guarded.h"
 #include "kbit.h"
 #include "pool.h"
 
@@ -36,35 +34,6 @@ void kbit_encode(kbit::Pool* pool, int32_t isa, const void* w, int32_t type, int
 }
 
 namespace {
-
-constexpr size_t kArena = 4 << 20;
-
-// A buffer whose end meets a page without rights.
-class Guarded {
- public:
-  Guarded() {
-    const size_t page = static_cast<size_t>(sysconf(_SC_PAGESIZE));
-    void* at = mmap(nullptr, kArena + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-    if (at == MAP_FAILED || mprotect(static_cast<char*>(at) + kArena, page, PROT_NONE) != 0) {
-      std::perror("guard page");
-      std::exit(2);
-    }
-    end_ = static_cast<char*>(at) + kArena;
-  }
-  template <class T>
-  T* last(size_t count) {
-    if (count * sizeof(T) > kArena) std::abort();
-    return reinterpret_cast<T*>(end_ - count * sizeof(T));
-  }
-
- private:
-  char* end_;
-};
-
-uint32_t state = 1;
-uint32_t next() { return state = state * 1664525 + 1013904223; }
-uint32_t next(uint32_t below) { return (next() >> 8) % below; }
-float uniform() { return static_cast<float>(next() >> 8) / 8388608.0f - 1; }
 
 // fp16, bf16 or fp32 patterns of numbers from 0.25 to 1.
 void fill_scales(void* at, size_t count, int type) {

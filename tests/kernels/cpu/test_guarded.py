@@ -13,6 +13,8 @@ from kbit_kernels.cpu.library import LIBRARY
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 SOURCE = LIBRARY.parent / "src"
+HARNESS = HERE / "guarded.cpp"
+LINKED = (LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}")
 
 
 def compiler() -> list[str]:
@@ -25,7 +27,7 @@ def compiler() -> list[str]:
     found: list[str] | None = find_compiler()
     if found is None:
         pytest.skip("no C++ compiler")
-    return [*found, "-std=c++17", "-pthread", f"-I{SOURCE}", str(HERE / "guarded.cpp")]
+    return [*found, "-std=c++17", "-pthread", f"-I{SOURCE}"]
 
 
 def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
@@ -41,20 +43,39 @@ def run(*command: str | Path, environment: dict[str, str] | None = None) -> str:
     return done.stdout
 
 
+def is_gcc(compiler: str) -> bool:
+    return "Free Software Foundation" in run(compiler, "--version")
+
+
 def test_every_kernel_stops_at_the_end(tmp_path: Path) -> None:
     program = tmp_path / "guarded"
-    run(*compiler(), "-O1", LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}", "-o", program)
+    run(*compiler(), HARNESS, "-O1", *LINKED, "-o", program)
     assert "cases, 0 wrong" in run(program, "7")
+
+
+@pytest.mark.parametrize(
+    "flags", [[], ["-fsanitize=address,undefined"]], ids=["pages", "sanitized"]
+)
+def test_attention_stops_at_the_end(tmp_path: Path, flags: list[str]) -> None:
+    """Sanitizers don't see what tiles load, guard pages do."""
+    command = compiler()
+    if flags and not is_gcc(command[0]):
+        pytest.skip("sanitizers are tested with gcc")
+    program = tmp_path / "attention"
+    layers = sorted(SOURCE.glob("layers_*.cpp"))
+    harness = HERE / "guarded_attention.cpp"
+    run(*command, "-O1", *flags, harness, *layers, *LINKED, "-o", program)
+    assert "cases, 0 wrong" in run(program)
 
 
 def build_under_sanitizers(folder: Path, *options: str) -> Path:
     program = folder / "sanitized"
     flags = ["-O1", "-ffp-contract=off", "-fsanitize=address,undefined"]
     flags += ["-fno-sanitize-recover=all", *options]
-    if "Free Software Foundation" not in run(compiler()[0], "--version"):
+    command = compiler()
+    if not is_gcc(command[0]):
         pytest.skip("sanitizers are tested with gcc")
-    *command, harness = compiler()
-    sources = [harness, *sorted(str(path) for path in SOURCE.glob("*.cpp"))]
+    sources = [str(HARNESS), *sorted(str(path) for path in SOURCE.glob("*.cpp"))]
     objects = [folder / f"{Path(source).stem}.o" for source in sources]
     with ThreadPoolExecutor(2) as pool:
         for _ in pool.map(

@@ -138,7 +138,7 @@ struct AmxAttend {
       score(job, k);
       const bool full = soften_all(job, chunk);
       if (load_values(job, v)) weigh(job, chunk);
-      else weigh_all(job, v, chunk, full);
+      else weigh_all<E>(job, v, chunk, full, nullptr);
     });
   }
 };

@@ -72,9 +72,9 @@ constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded
 constexpr int64_t kCodesAhead = 2048, kScalesAhead = 1024;
 
 // In which order the bytes of a single token's inputs lie, so that the fields of a whole vector of a
-// plane meet theirs: 0 natural, 1 and 2 as fields of 4 and 2 bits come out of it. A vector of a
-// plane is a chunk of columns; field f of unit u (32 columns) of a chunk then stands at piece u of
-// vector f. What is left at the end of a row has natural order.
+// plane meet theirs: 0 natural, 1 and 2 as fields of 4 and 2 bits come out of it, 3 as both halves of
+// the latter. A vector of a plane is a chunk of columns; field f of unit u (32 columns) of a chunk
+// then stands at piece u of vector f. What is left at the end of a row has natural order.
 constexpr int order_of(int bits) { return bits == 4 ? 1 : bits < 4 ? 2 : 0; }
 constexpr int piece_of(int order) { return 32 >> order; }  // columns of a field of a unit
 

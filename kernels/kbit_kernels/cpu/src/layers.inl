@@ -137,9 +137,11 @@ constexpr int blocks_at_once(int rows) {
   return fit >= 4 ? 4 : fit >= 2 ? 2 : 1;
 }
 
-// scores[r][0..64) = q[r] . keys, for ROWS queries and one chunk of keys.
+// scores[r][0..64) = q[r] . keys, for ROWS queries and one chunk of keys. ahead: what is needed next,
+// asked for meanwhile, or null.
 template <class E, int ROWS>
-static inline void scores(const float* q, int64_t stride, const E* keys, int64_t head_dim, float* out) {
+static inline void scores(const float* q, int64_t stride, const E* keys, int64_t head_dim, const E* ahead,
+                          float* out) {
   constexpr int kBlocks = blocks_at_once(ROWS);
   for (int first = 0; first < kChunkBlocks; first += kBlocks) {
     const E* at = keys + first * kKeyBlock * head_dim;
@@ -147,6 +149,7 @@ static inline void scores(const float* q, int64_t stride, const E* keys, int64_t
     for (int64_t d = 0; d < head_dim; ++d) {
       KBIT_UNROLL
       for (int b = 0; b < kBlocks; ++b) {
+        if (ahead != nullptr) __builtin_prefetch(ahead + ((first + b) * head_dim + d) * kKeyBlock);
         KBIT_UNROLL
         for (int v = 0; v < kBlockVecs; ++v) {
           const Vec k = load(at + (b * head_dim + d) * kKeyBlock + v * kLanes);
@@ -168,10 +171,10 @@ static inline void scores(const float* q, int64_t stride, const E* keys, int64_t
   }
 }
 
-// sum[r] += weights[r][j] * values[j], j in [begin, end).
+// sum[r] += weights[r][j] * values[j], j in [begin, end). ahead: as in `scores`.
 template <class E, int ROWS, int VECS>
 static inline void weigh_part(const float* weights, const E* values, int64_t padded, int64_t begin,
-                              int64_t end, float* sum) {
+                              int64_t end, const E* ahead, float* sum) {
   Vec sums[ROWS][VECS];
   KBIT_UNROLL
   for (int r = 0; r < ROWS; ++r) {
@@ -181,6 +184,7 @@ static inline void weigh_part(const float* weights, const E* values, int64_t pad
   for (int64_t j = begin; j < end; ++j) {
     KBIT_UNROLL
     for (int v = 0; v < VECS; ++v) {
+      if (ahead != nullptr) __builtin_prefetch(ahead + j * padded + v * kLanes);
       const Vec value = load(values + j * padded + v * kLanes);
       KBIT_UNROLL
       for (int r = 0; r < ROWS; ++r) {
@@ -197,14 +201,14 @@ static inline void weigh_part(const float* weights, const E* values, int64_t pad
 
 template <class E, int ROWS>
 static inline void weigh(const float* weights, const E* values, int64_t padded, int64_t begin,
-                         int64_t end, float* sum) {
+                         int64_t end, const E* ahead, float* sum) {
   constexpr int kVecs = kRegisters / ROWS >= 4 ? 4 : kRegisters / ROWS >= 2 ? 2 : 1;
   int64_t d = 0;
   for (; d + kVecs * kLanes <= padded; d += kVecs * kLanes) {
-    weigh_part<E, ROWS, kVecs>(weights, values + d, padded, begin, end, sum + d);
+    weigh_part<E, ROWS, kVecs>(weights, values + d, padded, begin, end, ahead ? ahead + d : nullptr, sum + d);
   }
   for (; d < padded; d += kLanes) {
-    weigh_part<E, ROWS, 1>(weights, values + d, padded, begin, end, sum + d);
+    weigh_part<E, ROWS, 1>(weights, values + d, padded, begin, end, ahead ? ahead + d : nullptr, sum + d);
   }
 }
 
@@ -263,11 +267,11 @@ static bool soften_all(const Attend& job, int64_t chunk) {
 }
 
 template <class E>
-static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool full) {
+static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool full, const E* ahead) {
   const float* s = job.scratch;
   if (full) {
 #define KBIT_WEIGH(R) \
-  weigh<E, R>(s + row * kKeyChunk, values, job.padded, 0, kKeyChunk, job.sum + row * job.padded)
+  weigh<E, R>(s + row * kKeyChunk, values, job.padded, 0, kKeyChunk, row == 0 ? ahead : nullptr, job.sum + row * job.padded)
     KBIT_BY_ROWS(job.rows, KBIT_WEIGH)
 #undef KBIT_WEIGH
     return;
@@ -285,7 +289,7 @@ static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool fu
     const int64_t rows = next - start;
     {
 #define KBIT_WEIGH(R) \
-  weigh<E, R>(weights + row * kKeyChunk, values, job.padded, a, b, sum + row * job.padded)
+  weigh<E, R>(weights + row * kKeyChunk, values, job.padded, a, b, nullptr, sum + row * job.padded)
       KBIT_BY_ROWS(rows, KBIT_WEIGH)
 #undef KBIT_WEIGH
     }
@@ -295,10 +299,11 @@ static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool fu
 template <class E>
 static void attend_chunk(const Attend& job, const E* keys, const E* values, int64_t chunk) {
 #define KBIT_SCORES(R) \
-  scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, job.scratch + row * kKeyChunk)
+  scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, row == 0 ? values : nullptr, \
+               job.scratch + row * kKeyChunk)
   KBIT_BY_ROWS(job.rows, KBIT_SCORES)
 #undef KBIT_SCORES
-  weigh_all(job, values, chunk, soften_all(job, chunk));
+  weigh_all(job, values, chunk, soften_all(job, chunk), keys + kKeyChunk * job.head_dim);
 }
 
 // f(keys, values, chunk) of every chunk that a row sees, after peaks, totals and sums were cleared.

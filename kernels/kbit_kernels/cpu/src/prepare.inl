@@ -51,7 +51,8 @@ static inline void arrange(int order, const int8_t* in, int64_t units, int8_t* o
       for (int field = 0; field < 32 / size; ++field) {
         int8_t* to = chunk + field * V::kCodes + u * size;
         if (size == 16) std::memcpy(to, in + (unit + u) * 32 + field * 16, 16);
-        else std::memcpy(to, in + (unit + u) * 32 + field * 8, 8);
+        else if (size == 8) std::memcpy(to, in + (unit + u) * 32 + field * 8, 8);
+        else std::memcpy(to, in + (unit + u) * 32 + field * 4, 4);
       }
     }
   }

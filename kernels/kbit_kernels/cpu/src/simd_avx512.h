@@ -1,8 +1,9 @@
-// AVX-512 with VNNI and VBMI (Ice Lake, Sapphire Rapids, Zen 4 and later): 64 codes at a time.
+// AVX-512 with VNNI, VBMI and GFNI (Ice Lake, Sapphire Rapids, Zen 4 and later): 64 codes at a time.
 // See simd_portable.h for what V must have.
 #pragma once
 
 #include <immintrin.h>
+#include <utility>
 
 #include "kernels.h"
 
@@ -155,12 +156,37 @@ struct V {
 
   static constexpr int center8(int) { return 0; }
   static constexpr int kBias8 = 128;  // tables hold value + 128, because vpdpbusd takes unsigned bytes
+  // Which code byte i of an index names in FIELD of a chunk; see `indices`.
+  template <int BITS, int FIELD>
+  struct FieldCodes {
+    alignas(64) uint8_t at[64];
+    constexpr FieldCodes() : at() {
+      for (int i = 0; i < 64; ++i) {
+        const int low = (FIELD + 4) % 6;
+        at[i] = static_cast<uint8_t>(BITS == 2 ? i >> 2 * FIELD & 3
+                                               : (i >> (FIELD < 2 ? 2 * FIELD : 2 * FIELD - 2) & 3) * 2 + (i >> low & 1));
+      }
+    }
+  };
   template <int BITS, bool LUT>
   struct Narrow {
-    __m512i table;
-    explicit Narrow(const Matrix::Tables* t)
-        : table(LUT ? _mm512_xor_si512(_mm512_load_si512(t->narrow), _mm512_set1_epi8(-128)) : izero()) {}
-    C operator()(C c) const { return LUT ? _mm512_permutexvar_epi8(c, table) : clean<BITS>(c); }
+    // Look-ups take 6 bits: with fewer than 4 a table for every field finds its code in an index
+    // that several share, and integers are looked up too.
+    static constexpr int kFields = BITS < 4 ? BITS + 1 : 0;
+    __m512i table, fields[kFields + 1];
+    explicit Narrow(const Matrix::Tables* t) {
+      if (LUT) table = _mm512_xor_si512(_mm512_load_si512(t->narrow), _mm512_set1_epi8(-128));
+      else table = constant<FieldCodes<2, 0>>();
+      if constexpr (!LUT && BITS == 3) {
+        table = _mm512_and_si512(_mm512_set1_epi64(0x0706050403020100), _mm512_set1_epi8(7));
+      }
+      if constexpr (BITS < 4) set_fields(std::make_integer_sequence<int, kFields>());
+    }
+    template <int... FIELDS>
+    void set_fields(std::integer_sequence<int, FIELDS...>) {
+      ((fields[FIELDS] = _mm512_permutexvar_epi8(constant<FieldCodes<BITS, FIELDS>>(), table)), ...);
+    }
+    C operator()(C c) const { return LUT || BITS < 4 ? _mm512_permutexvar_epi8(c, table) : clean<BITS>(c); }
   };
   template <int BITS, bool LUT>
   static I dot8(I acc, C w, const int8_t* x) {
@@ -168,8 +194,9 @@ struct V {
   }
 
   // Products with one token take as many codes at once as fill a vector of the 2-bit plane, or of the
-  // 4-bit plane where there is none (see order_of): planes beside it are brought to its order.
-  static constexpr int order(int bits) { return bits == 8 ? 0 : bits & 2 ? 2 : 1; }
+  // 4-bit plane where there is none (see order_of): planes beside it are brought to its order. With 3
+  // bits it is a vector of the 1-bit plane.
+  static constexpr int order(int bits) { return bits == 8 ? 0 : bits == 3 ? 3 : bits & 2 ? 2 : 1; }
   static constexpr bool digits(int) { return true; }
   template <int SIZE, int FIELD>
   struct BitShifts {  // of the 1-bit plane, whose 4 bytes a unit are repeated SIZE / 4 times
@@ -232,29 +259,49 @@ struct V {
     if constexpr (kOne) c = select(c, bits_of<kSize, FIELD>(v.one), 1);
     return c;
   }
-  template <int BITS, bool LUT, bool DIGITS, int FIELD, class Recode>
-  static void dense_step(const Recode& recode, const Chunk& v, const int8_t* x, const int8_t* low,
-                         I& dot, I& dot_low) {
-    const C w = recode(dense_field<BITS, FIELD>(v));
-    dot = dot8<BITS, LUT>(dot, w, x + 64 * FIELD);
-    if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low + 64 * FIELD);
+  // The indices of a chunk of 3-bit codes: of the first and the last 4 columns of fields 0 and 1
+  // (2 + 2 bits of their codes, then 1 + 1), and of fields 2 and 3 (1 + 1 and 2 + 2).
+  static void indices(const uint8_t* const* planes, int64_t unit, C (&out)[2][2]) {
+    const __m512i a = _mm512_loadu_si512(planes[0] + unit * 8), b = _mm512_loadu_si512(planes[0] + unit * 8 + 64);
+    const __m512i ones = _mm512_loadu_si512(planes[1] + unit * 4);
+    KBIT_UNROLL
+    for (int half = 0; half < 2; ++half) {
+      const __m512i dwords = _mm512_add_epi32(_mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30), _mm512_set1_epi32(half));
+      const C two = _mm512_permutex2var_epi32(a, dwords, b);
+      // bits 4, 5, 0, 1 are bits 0, 2, 4, 6 (in the second half 1, 3, 5, 7) of ones
+      const C one = _mm512_gf2p8affine_epi64_epi8(ones, _mm512_set1_epi64(half ? 0x2080000002080000 : 0x1040000001040000), 0);
+      out[half][0] = select(two, one, 0x30);
+      out[half][1] = select(shift<-2>(two), one, 3);
+    }
   }
   // Sums of a chunk, block after block over the lanes. DIGITS: of 256 x + low.
   template <int BITS, bool LUT, bool DIGITS, class Recode>
   static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
                 const int8_t* low) {
     I dot = izero(), dot_low = izero();
+    const auto add = [&](C w, int v) {
+      dot = dot8<BITS, LUT>(dot, w, x + 64 * v);
+      if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low + 64 * v);
+    };
     if constexpr (order(BITS) == 0) {
-      const C w = recode(unpack<BITS, false>(planes, unit));
-      dot = dot8<BITS, LUT>(dot, w, x);
-      if (DIGITS) dot_low = dot8<BITS, LUT>(dot_low, w, low);
+      add(recode(unpack<BITS, false>(planes, unit)), 0);
+    } else if constexpr (BITS == 2) {
+      const C two = _mm512_loadu_si512(planes[0] + unit * 8);
+      KBIT_UNROLL
+      for (int f = 0; f < 3; ++f) add(_mm512_permutexvar_epi8(two, recode.fields[f]), f);
+      add(_mm512_permutexvar_epi8(shift<-6>(two), recode.fields[0]), 3);
+    } else if constexpr (BITS == 3) {
+      C index[2][2];
+      indices(planes, unit, index);
+      KBIT_UNROLL
+      for (int v = 0; v < 8; ++v) add(_mm512_permutexvar_epi8(index[v % 2][v / 4], recode.fields[v / 2]), v);
     } else {
       const Chunk v = chunk<BITS>(planes, unit);
-      dense_step<BITS, LUT, DIGITS, 0>(recode, v, x, low, dot, dot_low);
-      dense_step<BITS, LUT, DIGITS, 1>(recode, v, x, low, dot, dot_low);
+      add(recode(dense_field<BITS, 0>(v)), 0);
+      add(recode(dense_field<BITS, 1>(v)), 1);
       if constexpr (order(BITS) == 2) {
-        dense_step<BITS, LUT, DIGITS, 2>(recode, v, x, low, dot, dot_low);
-        dense_step<BITS, LUT, DIGITS, 3>(recode, v, x, low, dot, dot_low);
+        add(recode(dense_field<BITS, 2>(v)), 2);
+        add(recode(dense_field<BITS, 3>(v)), 3);
       }
     }
     return DIGITS ? iadd(dot_low, times256(dot)) : dot;
@@ -263,6 +310,10 @@ struct V {
   template <int BLOCKS>
   static F chunk_scales(const float* p) {
     if constexpr (BLOCKS == 1) return set1(*p);
+    if constexpr (BLOCKS == 8) {
+      return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 6, 6, 7, 7),
+                                   _mm512_castps256_ps512(_mm256_loadu_ps(p)));
+    }
     if constexpr (BLOCKS == 2) {
       const __m128 pair = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
       return _mm512_permutexvar_ps(_mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1),

@@ -1,6 +1,69 @@
 // Products with one token, in blocks of 64 columns and more: one row after the other, so that memory
 // is read in order. As many rows as a vector has lanes share the work before and after their loops.
 
+constexpr int kSpan = kMostBlocks;  // blocks whose scales are worked out at a time
+
+// Scales of rows, times those of the inputs if these are integers.
+struct RowScales {
+  const Matrix& m;
+  Meaning meant;
+  bool direct;   // a scale a step and nothing else: the offsets are the scales times one number
+  float factor;  // of all sums in the end
+  RowScales(const Matrix& matrix, const Meaning& meaning) : m(matrix), meant(meaning) {
+    const Tensor& t = m.tensor;
+    direct = m.step == t.block && t.scale_type != kScaleDouble && !t.zeros && !t.means;
+    factor = direct ? meant.factor : 1;
+  }
+
+  // Blocks [first, first + count) of `rows` rows from n on; what the offsets add is added to `sums`.
+  template <bool INTEGERS>
+  void load(const Input& in, int64_t n, int rows, int64_t first, int count,
+            float (*scales)[kSpan + V::kFloats], V::F* sums) const {
+    if (!direct) return general<INTEGERS>(in, n, rows, first, count, scales, sums);
+    switch (m.tensor.scale_type) {
+      case kScaleFp16: return simple<INTEGERS, kScaleFp16>(in, n, rows, first, count, scales, sums);
+      case kScaleBf16: return simple<INTEGERS, kScaleBf16>(in, n, rows, first, count, scales, sums);
+      default: return simple<INTEGERS, kScaleFp32>(in, n, rows, first, count, scales, sums);
+    }
+  }
+
+ private:
+  template <bool INTEGERS, int TYPE>
+  __attribute__((noinline)) void simple(const Input& in, int64_t n, int rows, int64_t first, int count,
+                                        float (*scales)[kSpan + V::kFloats], V::F* sums) const {
+    const int64_t total = m.tensor.rows * m.groups;
+    const void* const base = m.tensor.scales;
+    const V::F center = V::set1(meant.center);
+    for (int b = 0; b < count; b += V::kFloats) {
+      const int here = least(V::kFloats, count - b);
+      const V::F factor = V::load(in.scales + first + b);
+      const V::F offset = meant.offset ? V::mul(center, V::load(in.sums + first + b)) : V::zero();
+      for (int r = 0; r < rows; ++r) {
+        const V::F s = V::load_as<TYPE>(base, (n + r) * m.groups + first + b, here, total);
+        sums[r] = V::fma(s, offset, sums[r]);
+        V::store(scales[r] + b, INTEGERS ? V::mul(s, factor) : s);
+      }
+    }
+  }
+
+  template <bool INTEGERS>
+  __attribute__((noinline)) void general(const Input& in, int64_t n, int rows, int64_t first, int count,
+                                         float (*scales)[kSpan + V::kFloats], V::F* sums) const {
+    alignas(64) float offsets[kSpan + V::kFloats];
+    for (int r = 0; r < rows; ++r) {
+      row_scales(m, n + r, static_cast<int>(first), count, meant, scales[r], offsets);
+      for (int b = 0; b < count; b += V::kFloats) {
+        const int here = least(V::kFloats, count - b);
+        const V::F s = V::load_part(scales[r] + b, here);
+        if (meant.offset) {
+          sums[r] = V::fma(V::load_part(offsets + b, here), V::load(in.sums + first + b), sums[r]);
+        }
+        V::store(scales[r] + b, INTEGERS ? V::mul(s, V::load(in.scales + first + b)) : s);
+      }
+    }
+  }
+};
+
 // WIDTH: bits of an input value: 8, 16, or 32 for floats.
 template <int WIDTH, bool LUT, int BITS>
 struct Single {
@@ -10,7 +73,6 @@ struct Single {
   static constexpr int kChunkBlocks = kChunk / kStep;
   static constexpr int kVectors = kStep / V::kCodes;
   static constexpr int kLongRow = 32;  // in blocks
-  static constexpr int kSpan = kMostBlocks;  // blocks whose scales are worked out at a time
   using Recode = std::conditional_t<
       kBytes, typename V::template Narrow<BITS, LUT && kBytes && BITS <= 4>,
       std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
@@ -69,61 +131,47 @@ struct Single {
     return V::fma(value, V::set1(scale), acc);
   }
 
-  // Blocks [first, first + count) of a row. scales: of these blocks. ahead: codes to ask for meanwhile.
-  static inline __attribute__((always_inline)) V::F blocks(
-      const Recode& recode, const uint8_t* const (&planes)[3], int64_t units, int64_t first, int count,
-      const Input& in, const float* scales, const uint8_t* ahead, V::F acc) {
-    int b = 0;
-    if constexpr (kBytes) {
-      const int chunks = static_cast<int>(least<int64_t>(count, units / 2 - first)) / kChunkBlocks;
-      const int8_t* x = static_cast<const int8_t*>(in.values) + first * kStep;
-      const int64_t digit = in.padded;
-      for (; b < chunks * kChunkBlocks; b += kChunkBlocks, x += kChunk) {
-        ask(ahead, kChunk * BITS / 8);
-        V::I dot;
-        if constexpr (kDigits) {
-          dot = V::template dots<BITS, LUT, true>(recode, planes, (first + b) * 2, x, x + digit);
-        } else {
-          dot = V::template dots<BITS, LUT, false>(recode, planes, (first + b) * 2, x, x);
-        }
-        acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scales + b), acc);
-      }
-    }
-    for (; b < count; ++b) {
-      ask(ahead, kStep * BITS / 8);
-      if (2 * (first + b) + 1 < units) acc = block<false>(recode, planes, first + b, in, scales[b], acc);
-      else acc = block<true>(recode, planes, first + b, in, scales[b], acc);
-    }
-    return acc;
-  }
+  // Blocks of a row: `count` from `first` on, of which `whole` have all their columns.
+  struct Span {
+    int64_t first;
+    int whole, count;
+  };
 
-  // Scales of blocks [first, first + count) of `rows` rows from n on, times those of the inputs if
-  // these are integers; what the offsets add is added to `sums`.
-  static __attribute__((noinline)) void prepare(const Matrix& m, const Input& in, int64_t n, int rows,
-                                                int64_t first, int count, const Meaning& meant,
-                                                float (*scales)[kSpan + V::kFloats], V::F* sums) {
-    const Tensor& t = m.tensor;
-    const int64_t total = t.rows * m.groups;
-    const bool direct = m.step == t.block && t.scale_type != kScaleDouble;
-    const V::F factor = V::set1(meant.factor);
-    alignas(64) float offsets[kSpan + V::kFloats];
-    for (int r = 0; r < rows; ++r) {
-      const int64_t group = (n + r) * m.groups + first;
-      float* out = scales[r];
-      if (!direct) row_scales(m, n + r, static_cast<int>(first), count, meant, out, offsets);
-      for (int b = 0; b < count; b += V::kFloats) {
-        const int here = least(V::kFloats, count - b);
-        V::F s, o;
-        if (direct) {
-          s = V::mul(load_any(t.scale_type, t.scales, group + b, here, total), factor);
-          if (meant.offset) o = offsets_of(m, group + b, here, total, meant, s);
-        } else {
-          s = V::load_part(out + b, here);
-          if (meant.offset) o = V::load_part(offsets + b, here);
+  // The products of `rows` rows from `row` on, added to sums. A function of its own, because what
+  // `run` keeps beside it would take the registers.
+  static __attribute__((noinline)) void multiply(const Recode& recode_of, const uint8_t* row,
+                                                 int64_t units, int rows, const Span& span, const Input& in,
+                                                 const float (*scales)[kSpan + V::kFloats],
+                                                 const uint8_t* codes_end, V::F* sums) {
+    const Recode recode = recode_of;
+    const int64_t first = span.first, row_bytes = units * 4 * BITS;
+    const int whole = span.whole, chunked = kBytes ? whole / kChunkBlocks * kChunkBlocks : 0;
+    const bool tail = whole < span.count;
+    int64_t offsets[3];
+    plane_offsets<BITS>(units, offsets);
+    const int8_t* const first_x = static_cast<const int8_t*>(in.values) + first * kStep;
+    const int64_t low = kDigits ? in.padded : 0;
+    for (int r = 0; r < rows; ++r, row += row_bytes) {
+      const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
+      const float* const scale = scales[r];
+      const uint8_t* ahead = row + first * (kStep * BITS / 8) + kAhead;
+      if (ahead >= codes_end) ahead = row;
+      V::F acc = sums[r];
+      int b = 0;
+      if constexpr (kBytes) {
+        const int8_t* x = first_x;
+        for (; b < chunked; b += kChunkBlocks, x += kChunk) {
+          ask(ahead, kChunk * BITS / 8);
+          const V::I dot = V::template dots<BITS, LUT, kDigits>(recode, planes, (first + b) * 2, x, x + low);
+          acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scale + b), acc);
         }
-        if (meant.offset) sums[r] = V::fma(o, V::load(in.sums + first + b), sums[r]);
-        V::store(out + b, WIDTH == 32 ? s : V::mul(s, V::load(in.scales + first + b)));
       }
+      for (; b < whole; ++b) {
+        ask(ahead, kStep * BITS / 8);
+        acc = block<false>(recode, planes, first + b, in, scale[b], acc);
+      }
+      if (tail) acc = block<true>(recode, planes, first + b, in, scale[b], acc);
+      sums[r] = acc;
     }
   }
 
@@ -131,39 +179,33 @@ struct Single {
                   int64_t end) {
     const Tensor& t = m.tensor;
     const int64_t units = (t.cols + 31) / 32, row_bytes = units * 4 * BITS, steps = (units + 1) / 2;
-    const Meaning meant = meaning(kDigits ? 8 : WIDTH, m);
+    const RowScales scale_rows(m, meaning(kDigits ? 8 : WIDTH, m));
     const ScaleBytes scale_bytes(m);
     const Recode recode(m.tables);
-    const uint8_t* row = static_cast<const uint8_t*>(t.codes) + begin * row_bytes;
-    int64_t offsets[3];
-    plane_offsets<BITS>(units, offsets);
-    const uint8_t* const codes_end = row + (end - begin) * row_bytes;
-    // Nothing is asked for while scales are worked out: long rows do that one by one, short ones
-    // share its beginning and end.
-    const int batch = steps < kLongRow ? V::kFloats : 1;
+    const uint8_t* const codes = static_cast<const uint8_t*>(t.codes);
+    const uint8_t* const codes_end = codes + end * row_bytes;
+    // Nothing is asked for while scales are worked out, so few long rows at a time.
+    const int batch = steps < kLongRow ? V::kFloats : 4;
     alignas(64) float scales[V::kFloats][kSpan + V::kFloats];
     for (int64_t n = begin; n < end; n += V::kFloats) {
       const int rows = static_cast<int>(least<int64_t>(V::kFloats, end - n));
       alignas(64) V::F sums[V::kFloats];
       KBIT_UNROLL
       for (int r = 0; r < V::kFloats; ++r) sums[r] = V::zero();
-      for (int64_t first = 0; first < steps; first += kSpan) {
-        const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
-        for (int r = 0; r < rows; ++r, row += row_bytes) {
-          prefetch(scale_bytes.begin + (n + r) * scale_bytes.row + kScalesAhead, scale_bytes.row,
-                   scale_bytes.end);
-          const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
-          if (r % batch == 0) {
-            prepare(m, in, n + r, least(batch, rows - r), first, count, meant, scales + r, sums + r);
-          }
-          const uint8_t* const ahead = row + first * (kStep * BITS / 8) + kAhead;
-          sums[r] = blocks(recode, planes, units, first, count, in, scales[r],
-                           ahead < codes_end ? ahead : row, sums[r]);
+      for (int r = 0; r < rows; r += batch) {
+        const int here = least(batch, rows - r);
+        prefetch(scale_bytes.begin + (n + r) * scale_bytes.row + kScalesAhead, here * scale_bytes.row,
+                 scale_bytes.end);
+        for (int64_t first = 0; first < steps; first += kSpan) {
+          const int count = static_cast<int>(least<int64_t>(kSpan, steps - first));
+          const Span span = {first, static_cast<int>(least<int64_t>(count, units / 2 - first)), count};
+          scale_rows.load<WIDTH != 32>(in, n + r, here, first, count, scales, sums + r);
+          multiply(recode, codes + (n + r) * row_bytes, units, here, span, in, scales, codes_end, sums + r);
         }
-        if (first + kSpan < steps) row -= rows * row_bytes;
       }
-      if (rows == V::kFloats) V::store(y + n, V::sums(sums));
-      else V::store_part(y + n, V::sums(sums), rows);
+      const V::F made = V::mul(V::sums(sums), V::set1(scale_rows.factor));
+      if (rows == V::kFloats) V::store(y + n, made);
+      else V::store_part(y + n, made, rows);
     }
     if (t.n_outliers == 0) return;
     for (int64_t n = begin; n < end; ++n) y[n] += outlier_sum(m, in, 0, n);
