@@ -6,6 +6,7 @@ Both run kbit's own executor; only where the weights come from differs.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -189,7 +190,7 @@ def model_speed(path: str, device: str = "cuda", tokens: int = 200) -> dict[str,
     seconds = time.perf_counter() - started_timing
     made = sum(len(completion.tokens) for completion in done)
     return {
-        "model": path,
+        "model": Path(path).name,
         "load_s": loaded - started,
         "first_token_s": first - loaded,
         "tokens": made,

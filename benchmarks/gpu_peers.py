@@ -7,9 +7,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from gpu_scale import SPAWN, Scale
+
 Calls = list[Callable[[], Any]]
 Peer = Callable[[int, int, Any], Calls]
 WIDTHS = (2, 3, 5, 6, 7, 8)
+PEER_ROWS = (1, 16, 64)  # theirs are compiled for every number of rows
 
 
 def bitsandbytes_nf4(n: int, k: int, x: Any) -> Calls:
@@ -91,3 +94,23 @@ PEERS: dict[str, Peer] = {
     "humming int4": partial(humming, 4),
 }
 WIDTH_PEERS: dict[str, Peer] = {f"humming int{k}": partial(humming, k) for k in WIDTHS}
+
+
+def warm_peers(scale: Scale) -> list[Any]:
+    """warm_peer for all of them, each in a process of its own, which may hang."""
+    names = PEERS | WIDTH_PEERS if scale.device == "cuda" else ()
+    processes = [SPAWN.Process(target=warm_peer, args=(n, scale), daemon=True) for n in names]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def warm_peer(name: str, scale: Scale) -> None:
+    """Let a peer compile and tune what it will be timed with; what fails here fails there too."""
+    import torch
+
+    n, k = scale.shapes[0]
+    for m in PEER_ROWS if name in PEERS else PEER_ROWS[:1]:
+        x = torch.randn((m, k), device=scale.device, dtype=torch.float16)
+        (PEERS | WIDTH_PEERS)[name](n, k, x)[0]()
+    torch.cuda.synchronize()

@@ -1,25 +1,29 @@
 """The configurations that are shipped for a class of GPU, searched on a card.
 
-    python benchmarks/gpu_tune.py
+    python benchmarks/gpu_tune.py [--rows 1 16 32 64 128]
 
 Products of the shapes that gpu.py measures run as chains of calls in a CUDA graph, those of
 Llama-3-8B with one row in the decode step itself, where their neighbours are others. Results go to
 the user's table (configs.tuned_path), whose class is then copied into configs.json, and to
-results/gpu-tune-<class>.json. `python benchmarks/gpu.py` checks and measures what was chosen.
+results/gpu-tune-<class>.json, where a run with some rows of x replaces what it measures anew.
+`python benchmarks/gpu.py` checks and measures what was chosen.
 """
 
+import argparse
 import gc
 import json
 import multiprocessing
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from record import RESULTS, environment
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
+ROWS = (1, 16, 32, 64, 128)
 SHAPES = ((8192, 8192), (4096, 4096), (14336, 4096), (4096, 14336), (28672, 8192))
 # of Llama-3-8B: qkv, out, gate and up, down, head
 LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
@@ -37,12 +41,34 @@ STEPS = {
 }
 
 
-def compile_all(bits: int, part: int) -> None:
+def candidates(bits: int, rows: int, shape: tuple[int, int]) -> list[Any]:
+    """What is timed: what is chosen now, and what may be better."""
+    from kbit_kernels import QuantSpec
+    from kbit_kernels.triton.configs import (
+        LINEAR_ROWS,
+        SHIPPED_CLASSES,
+        Config,
+        bucket,
+        fits,
+        fused_for,
+    )
+    from kbit_kernels.triton.tune import gemm_candidates
+
+    spec, sms = QuantSpec("int", bits), SHIPPED_CLASSES["sm_90"]
+    found = gemm_candidates(rows, *shape, sms)
+    if rows <= LINEAR_ROWS:
+        found += [Config(bucket(rows), *cut, bool(o)) for cut in CUTS for o in (0, 1)]
+    else:  # with so many rows only these were ever chosen
+        found = [config for config in found if config.arranged and config.overlap]
+    now, _ = fused_for(spec, rows, *shape, "sm_90", sms)
+    return [config for config in dict.fromkeys([now, *found]) if fits(config, spec)]
+
+
+def compile_all(bits: int, part: int, rows_of_x: tuple[int, ...]) -> None:
     """Run in its own process: fill Triton's cache with half of what one width is timed with."""
     import torch
 
     from kbit_kernels import QuantSpec
-    from kbit_kernels.triton.configs import Config
     from kbit_kernels.triton.device import fused_linear
     from kbit_kernels.triton.measure import random_weight
 
@@ -50,10 +76,16 @@ def compile_all(bits: int, part: int) -> None:
         return torch.zeros(shape, dtype=torch.float16, device="cuda")
 
     rows = 256
-    configs = [Config(m, *cut, bool(o)) for m in (8, 16, 32) for cut in CUTS for o in (0, 1)]
     for k in sorted({k for _, k in SHAPES + LLAMA}):
+        configs = {
+            config
+            for shape in SHAPES + LLAMA
+            for m in rows_of_x
+            for config in candidates(bits, m, shape)
+            if shape[1] == k
+        }
         weight = random_weight(QuantSpec("int", bits), (rows, k))
-        for config in configs[part::2]:
+        for config in sorted(configs, key=str)[part::2]:
             fused_linear(half(1, k), weight, config)
             if config.rows_x == 8:
                 fused_linear(half(1, k), weight, config, onto=half(1, rows))
@@ -99,34 +131,35 @@ def decode_steps(bits: int) -> tuple[dict[str, float], dict[tuple[int, int], Any
     return us, tables[min(us, key=us.__getitem__)]
 
 
-def products(bits: int, shape: tuple[int, int], skip: set[str]) -> Iterator[dict[str, Any]]:
-    """The best configuration for 1, 16 and 32 rows, beside cuBLAS fp16."""
+def products(
+    bits: int, shape: tuple[int, int], rows_of_x: tuple[int, ...], skip: set[str]
+) -> Iterator[dict[str, Any]]:
+    """The best configuration for every number of rows, beside cuBLAS fp16."""
     import torch
 
-    from gpu import dense_calls
+    from gpu_sweep import dense_calls
     from kbit_kernels import QuantSpec
-    from kbit_kernels.triton.configs import Config, bucket, entry_key
+    from kbit_kernels.triton.configs import Config, entry_key
     from kbit_kernels.triton.device import fused_linear
     from kbit_kernels.triton.measure import Timed, copies, medians_us, random_weight
 
     spec, (n, k) = QuantSpec("int", bits), shape
     first = random_weight(spec, shape)
     weights = [first, *(random_weight(spec, shape) for _ in range(copies(first.nbytes) - 1))]
-    for rows in (1, 16, 32):
+    for rows in rows_of_x:
         if entry_key(spec, rows, n, k) in skip:
             continue
         x = torch.randn((rows, k), dtype=torch.float16, device="cuda")
-        configs = {
-            str(config): config
-            for cut in CUTS
-            for config in (Config(bucket(rows), *cut), Config(bucket(rows), *cut, True))
-        }
-        timed = {
-            name: Timed([partial(fused_linear, x, weight, config) for weight in weights])
-            for name, config in configs.items()
-        }
-        us = medians_us(timed, 4)
-        best = {name: timed[name] for name in sorted(us, key=us.__getitem__)[:3]}
+        configs = {str(config): config for config in candidates(bits, rows, shape)}
+
+        def timed(config: Config, x: torch.Tensor = x) -> Timed:
+            return Timed([partial(fused_linear, x, weight, config) for weight in weights])
+
+        # of two that differ in their overlap the second one only if the first is among the best
+        cuts = {replace(config, overlap=False): i for i, config in configs.items()}
+        us = medians_us({i: timed(configs[i]) for i in cuts.values()}, 3)
+        good = {replace(configs[i], overlap=False) for i in sorted(us, key=us.__getitem__)[:3]}
+        best = {i: timed(c) for i, c in configs.items() if replace(c, overlap=False) in good}
         us = medians_us({**best, "cublas": Timed(dense_calls(n, k, x))}, 9)
         cublas = us.pop("cublas")
         name = min(us, key=us.__getitem__)
@@ -149,36 +182,40 @@ def main() -> None:
     from kbit_kernels.triton.configs import as_entry, entry_key, gpu_class, tuned_path, write
     from kbit_kernels.triton.measure import copy_bandwidth_gb_s
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of x, %(default)s")
+    rows_of_x: tuple[int, ...] = tuple(parser.parse_args().rows)
     started = time.monotonic()
     with ProcessPoolExecutor(14, mp_context=multiprocessing.get_context("spawn")) as pool:
-        parts = [(bits, part) for bits in WIDTHS for part in (0, 1)]
+        parts = [(bits, part, rows_of_x) for bits in WIDTHS for part in (0, 1)]
         list(pool.map(compile_all, *zip(*parts, strict=True)))
+    print(f"compiled, {time.monotonic() - started:.0f} s", flush=True)
     gpu, _ = gpu_class(torch.device("cuda", torch.cuda.current_device()))
+    path = RESULTS / f"gpu-tune-{gpu}.json"
+    before = json.loads(path.read_text()) if path.exists() else {"steps": [], "products": []}
     result: dict[str, Any] = {
-        "command": "python benchmarks/gpu_tune.py",
+        "command": f"python benchmarks/gpu_tune.py --rows {' '.join(map(str, rows_of_x))}",
         "environment": environment(),
         "gpu": torch.cuda.get_device_name(),
         "copy_gb_s": copy_bandwidth_gb_s(),
-        "steps": [],
-        "products": [],
+        "steps": [] if 1 in rows_of_x else before["steps"],
+        "products": [row for row in before["products"] if row["rows"] not in rows_of_x],
     }
-    path = RESULTS / f"gpu-tune-{gpu}.json"
-    done: set[str] = set()
     for bits in WIDTHS:
         spec = QuantSpec("int", bits)
-        us, table = decode_steps(bits)
-        gc.collect()
-        torch.cuda.empty_cache()
-        result["steps"].append(
-            {"spec": str(spec), "us": us, "tokens_per_s": 1e6 / min(us.values())}
-        )
-        entries = {
-            entry_key(spec, 1, *shape): as_entry(config, f"decode step, {min(us.values()):.0f} us")
-            for shape, config in table.items()
-        }
-        done |= set(entries)
+        entries: dict[str, dict[str, Any]] = {}
+        if 1 in rows_of_x:
+            us, table = decode_steps(bits)
+            gc.collect()
+            torch.cuda.empty_cache()
+            best = min(us.values())
+            result["steps"].append({"spec": str(spec), "us": us, "tokens_per_s": 1e6 / best})
+            for shape, config in table.items():
+                source = f"decode step, {best:.0f} us"
+                entries[entry_key(spec, 1, *shape)] = as_entry(config, source)
+        in_a_step = set(entries)
         for shape in SHAPES:
-            for row in products(bits, shape, done):
+            for row in products(bits, shape, rows_of_x, in_a_step):
                 config = row.pop("config")
                 key = entry_key(spec, row["rows"], *shape)
                 entries[key] = as_entry(config, f"chain, {row['us']:.1f} us")
@@ -188,7 +225,7 @@ def main() -> None:
         aside = path.with_suffix(".tmp")
         aside.write_text(json.dumps(result, indent=1) + "\n")
         aside.replace(path)
-        print(f"{spec}: {1e6 / min(us.values()):.0f} tok/s, {time.monotonic() - started:.0f} s")
+        print(f"{spec}: {time.monotonic() - started:.0f} s", flush=True)
 
 
 if __name__ == "__main__":

@@ -170,30 +170,13 @@ def gpu() -> str:
     parts = []
     for path in sorted(RESULTS.glob("gpu-sm_*.json")):
         data = load(path.stem)
-        shape = [8192, 8192]
-        at = [r for r in data["sweep"] if r["shape"] == shape and "us" in r]
-        counts = sorted({r["rows"] for r in at})
-        names = dict.fromkeys(r.get("spec") or r["peer"] for r in at)
-        rows = []
-        for name in names:
-            of = {r["rows"]: r for r in at if name == (r.get("spec") or r["peer"])}
-            share = of.get(1, {}).get("percent_of_copy")
-            times = [f"{of[m]['x_cublas']:.2f}" if m in of else "" for m in counts]
-            rows.append([name, *times, "" if share is None else f"{share:.0f} %"])
-        header = ["x cuBLAS fp16, M =", *map(str, counts), "of copy bandwidth, M = 1"]
         base = data["baseline"]
         title = f"**{base['gpu']}**, {base['copy_gb_s']:.0f} GB/s of copying; weights 8192 x 8192"
-        parts.append(f"{title}\n\n{markdown(header, rows)}")
+        at = [r for r in data["sweep"] if r["shape"] == [8192, 8192] and "us" in r]
+        tables = [by_rows(at), by_type(at)]
         if data.get("decode"):
-            rows = [
-                [r["spec"], str(r["batch"]), r["attention"], f"{r['tokens_per_s']:.0f}",
-                 f"{r['percent_of_byte_roofline']:.0f} %"]
-                for r in data["decode"]
-            ]  # fmt: skip
-            header = ["Llama-3-8B shapes", "batch", "attention", "tokens/s", "of the byte roofline"]
-            parts.append(markdown(header, rows))
-        parts.append(f"<sub>{source(data)}</sub>")
-    parts += [tuned(load(path.stem)) for path in sorted(RESULTS.glob("gpu-tune-*.json"))]
+            tables.append(decoding(data["decode"]))
+        parts.append("\n\n".join([title, *tables, f"<sub>{source(data)}</sub>"]))
     if not parts:
         return (
             "No speed stands here, because none has been measured yet: `python benchmarks/gpu.py` "
@@ -203,29 +186,52 @@ def gpu() -> str:
     return "\n\n".join(parts)
 
 
-def tuned(data: dict[str, Any]) -> str:
-    """What benchmarks/gpu_tune.py measured with the configurations that it chose."""
-    at = {
-        (row["spec"], row["rows"]): row
-        for row in data["products"]
-        if row["shape"] == [8192, 8192] and "cublas_us" in row
-    }
+def by_rows(at: list[dict[str, Any]]) -> str:
+    """Integers and peers over the rows of x."""
+    counts = sorted({r["rows"] for r in at})
+    names = dict.fromkeys(
+        r.get("spec") or r["peer"] for r in at if r.get("spec", "int").startswith("int")
+    )
     rows = []
-    for step in data["steps"]:
-        one, *more = (at[step["spec"], m] for m in (1, 16, 32))
-        share = 100 * one["nbytes"] / one["us"] / 1e3 / data["copy_gb_s"]
-        times = [f"{row['cublas_us'] / row['us']:.2f}" for row in (one, *more)]
+    for name in names:
+        of = {r["rows"]: r for r in at if name == (r.get("spec") or r["peer"])}
+        share = of.get(1, {}).get("percent_of_copy")
         rows.append(
-            [step["spec"], f"{one['us']:.1f}", f"{share:.0f} %", *times,
-             f"{step['tokens_per_s']:.0f}"]
+            [name, f"{of[1]['us']:.1f}" if 1 in of else "",
+             "" if share is None else f"{share:.0f} %",
+             *(f"{of[m]['x_cublas']:.2f}" if m in of else "" for m in counts)]
         )  # fmt: skip
-    header = [
-        "8192 x 8192", "us, M = 1", "of copy bandwidth", "x cuBLAS fp16, M = 1", "M = 16", "M = 32",
-        "Llama-3-8B shapes, batch 1, tokens/s",
+    header = ["", "us, M = 1", "of copy bandwidth", "x cuBLAS fp16, M = 1", *map(str, counts[1:])]
+    return markdown(header, rows)
+
+
+def by_type(at: list[dict[str, Any]]) -> str:
+    """Every data type over the widths, one row of x."""
+    found = {}
+    for row in at:
+        match = re.match(r"(int|uint|nf|fp)([2-8])", row.get("spec", ""))
+        if match and row["rows"] == 1:
+            found[match[1], match[2]] = row["us"]
+    widths = sorted({bits for _, bits in found}, reverse=True)
+    rows = [
+        [f"`{name}`", *(f"{found[name, bits]:.1f}" for bits in widths if (name, bits) in found)]
+        for name in dict.fromkeys(name for name, _ in found)
+    ]
+    return markdown(["us, M = 1, at bits", *widths], rows)
+
+
+def decoding(found: list[dict[str, Any]]) -> str:
+    """Tokens per second, a column for the executor's loop and one for the captured step."""
+    rows = [
+        [r["spec"], str(r["batch"]), r["attention"], f"{r['tokens_per_s']:.0f}",
+         f"{r['step_tokens_per_s']:.0f}", f"{r['percent_of_byte_roofline']:.0f} %"]
+        for r in found
     ]  # fmt: skip
-    title = f"**{data['gpu']}**, {data['copy_gb_s']:.0f} GB/s of copying"
-    note = f" {data['note']}" if "note" in data else ""
-    return f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}{note}</sub>"
+    header = [
+        "Llama-3-8B shapes", "batch", "attention", "tokens/s", "in the step",
+        "of the byte roofline",
+    ]  # fmt: skip
+    return markdown(header, rows)
 
 
 def render(text: str) -> str:

@@ -39,7 +39,7 @@ GOALS = {2: 2.0, 3: 3.0, 4: 2.5, 5: 3.0, 6: 3.0, 7: 3.0, 8: 2.5}
 def resident_warps(binary: Any, warps: int, limit: int, shared_bytes: int) -> int:
     """Warps that fit on a multiprocessor by registers (allocated in eights), memory and number."""
     per_program = -(-binary.registers // 8) * 8 * 32 * warps
-    by_memory = shared_bytes // max(binary.shared_bytes, 1024)
+    by_memory = shared_bytes // max(binary.launch_bytes, 1024)
     return min(65536 // per_program, by_memory, limit // warps) * warps
 
 

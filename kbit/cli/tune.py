@@ -13,7 +13,7 @@ def tune(
     bits: Annotated[str, typer.Option(help="Widths, separated by commas.")] = "2,3,4,5,6,7,8",
     shapes: Annotated[
         str,
-        typer.Option(help="Shapes OUTxIN of the layers, separated by commas.", metavar="SHAPES"),
+        typer.Option(help="Shapes of the layers, separated by commas.", metavar="OUTxIN,..."),
     ] = "4096x4096,14336x4096,4096x14336",
     rows: Annotated[
         str, typer.Option(help="Tokens computed at once, separated by commas.")

@@ -13,7 +13,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from kbit_kernels.spec import QuantSpec
-from kbit_kernels.triton import kernels
+from kbit_kernels.triton import gemm, kernels
 from kbit_kernels.triton.configs import Config
 from kbit_kernels.triton.device import (
     DEQUANTIZE_WARPS,
@@ -70,8 +70,8 @@ def compile_linear(
     columns: int = 8192,
     use_ptx: bool | None = None,
 ) -> Binary:
-    """`kernels.linear_kernel` for `chip` ("sm_90", "gfx942"), K = `columns`; `use_ptx` overrides
-    the choice of the decoder."""
+    """The kernel of `config` for `chip` ("sm_90", "gfx942"), K = `columns`; `use_ptx` overrides the
+    choice of the decoder."""
     use_ptx = chip in NVIDIA if use_ptx is None else use_ptx
     constants = linear_constants(spec, half, use_ptx, config, columns)
     constants |= {
@@ -81,7 +81,8 @@ def compile_linear(
         "OVERLAPS": chip in OVERLAPPING,
     }
     options = launch_options(config, chip in AMD)
-    return _compile(kernels.linear_kernel, spec, chip, half, constants, options)
+    kernel = gemm.gemm_kernel if config.stages else kernels.linear_kernel
+    return _compile(kernel, spec, chip, half, constants, options)
 
 
 def compile_dequantize(spec: QuantSpec, chip: str, half: str = "fp16") -> Binary:
@@ -142,8 +143,10 @@ def _read_cubin(cubin: bytes, dynamic_bytes: int) -> Binary:
     lines = [(int(at, 16), op, rest) for at, op, rest in _SASS.findall(sass)]
     spilling = sum(op.split(".")[0] in ("LDL", "STL") for _, op, _ in lines)
     loop = _main_loop(lines)
-    # only weights are loaded evict-first
-    weights = [op for _, op, _ in lines if op.startswith("LDG") and ".EF" in op]
+    # only weights are loaded evict-first, or in 16 bytes past the first-level cache
+    weights = [
+        op for _, op, _ in lines if op.startswith("LDG") and (".EF" in op or ".BYPASS" in op)
+    ]
     wide = sum(".128" in op for op in weights)
     return Binary(
         registers=int(found["REG"]),

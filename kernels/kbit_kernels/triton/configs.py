@@ -18,8 +18,10 @@ if TYPE_CHECKING:
     import torch
 
 SHIPPED = Path(__file__).with_name("configs.json")
-ROW_BUCKETS = (8, 16, 32)  # rows of x that one program can hold
-MAX_WARPS = 8
+ROW_BUCKETS = (8, 16, 32, 64, 128)  # rows of x that one program can hold
+LINEAR_ROWS = 32  # of them by kernels.linear_kernel
+MAX_WARPS = 8  # of linear_kernel
+GEMM_CLASSES = ("sm_90",)  # whose tensor cores take x from shared memory, as gemm.py is made for
 CROSS_OVER_ROWS = 128  # above it others' fused kernels lose to cuBLAS; kbit tune measures it
 WARPS_PER_SM = 24  # enough loads in flight to cover the memory's latency
 
@@ -29,13 +31,16 @@ class Config:
     """How one product is cut up.
 
     Attributes:
-        rows_x: rows of x a program holds, 8 to 32; more rows are more programs.
-        bands: bands of 16 weight rows a warp holds.
+        rows_x: rows of x a program holds, 8 to 128; more rows are more programs.
+        bands: bands of 16 weight rows a warp holds; 1 for gemm_kernel.
         warps_n: warps beside each other over weight rows.
-        warps_k: warps that share weight rows and take turns over the columns.
+        warps_k: warps that share weight rows and take turns over the columns; 1 for gemm_kernel.
         split: programs that share an output and split the columns.
         overlap: begins, from sm_90 on, while the kernel before still runs, as far as it does not
             need its results. Pays where the other kernel leaves room on every multiprocessor.
+        stages: 0: kernels.linear_kernel. Else gemm.gemm_kernel, with so many tiles of weights and x
+            on their way through shared memory.
+        arranged: x is brought into the order of gemm_kernel by a kernel of its own before.
     """
 
     rows_x: int
@@ -44,6 +49,8 @@ class Config:
     warps_k: int
     split: int
     overlap: bool = False
+    stages: int = 0
+    arranged: bool = False
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Config":
@@ -55,6 +62,8 @@ class Config:
             int(entry["warps_k"]),
             int(entry["split"]),
             bool(entry.get("overlap", False)),
+            int(entry.get("stages", 0)),
+            bool(entry.get("arranged", False)),
         )
 
 
@@ -72,19 +81,32 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
     for more, which it does for what it counts itself; it does not count the 32 KB of table that
     inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
-    sums of all of them, with 3.9 less."""
+    sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB."""
     warps = config.warps_n * config.warps_k
+    table = (32 << 10) if scheme_of(spec).kind == "table" else 0
+    if config.stages:
+        tiles = config.stages * COLUMNS * (2 * config.rows_x + 2 * warps * spec.bits)
+        registers = config.rows_x // 2 + 96 <= (64 << 10) // (32 * warps)
+        one_each = config.bands == config.warps_k == 1
+        return one_each and registers and (48 << 10) < tiles <= (224 << 10) - table
     exchanged = warps * ROWS * config.bands * config.rows_x * 4
-    table = scheme_of(spec).kind == "table"
-    return config.rows_x <= ROW_BUCKETS[-1] and (not table or exchanged <= 16 << 10)
+    return config.rows_x <= LINEAR_ROWS and (not table or exchanged <= 16 << 10)
 
 
 def heuristic(rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
-    # AMD's matrix instructions have at least 16 columns
-    rows_x = max(bucket(rows), 16 if gpu.startswith("gfx") else 8)
+    rows_x = bucket(rows)
     tiles = -(-k // COLUMNS)
     bands_total = -(-n // ROWS)
+    if rows_x > 16 and gpu in GEMM_CLASSES:
+        # as an H100 liked best
+        rows_x = min(rows_x, 64)
+        warps, programs_per_sm = (4, 2) if rows_x == 32 else (8, 1)
+        programs = -(-bands_total // warps) * -(-rows // rows_x)
+        split = power_of_two(min(tiles // 2, sms * programs_per_sm // programs, 8))
+        return Config(rows_x, 1, warps, 1, split, rows > 32, stages=3, arranged=rows > 32)
+    # AMD's matrix instructions have at least 16 columns
+    rows_x = min(max(rows_x, 16 if gpu.startswith("gfx") else 8), LINEAR_ROWS)
     wanted = sms * WARPS_PER_SM
     # where fewer warps a band are enough, more bands at once meet better than more columns
     most = MAX_WARPS // 2 if bands_total * MAX_WARPS // 2 >= wanted else MAX_WARPS
@@ -166,6 +188,7 @@ def write(path: Path, gpu: str, entries: dict[str, dict[str, Any]], **about: Any
     aside.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     aside.replace(path)
     _read.cache_clear()
+    fused_for.cache_clear()
     choose_for.cache_clear()
 
 
@@ -187,26 +210,37 @@ def gpu_class(device: "torch.device") -> tuple[str, int]:
     return f"sm_{properties.major}{properties.minor}", properties.multi_processor_count
 
 
-@lru_cache(maxsize=4096)
-def choose_for(
-    spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int
-) -> tuple[Config | None, str]:
-    """The configuration (None: dequantize and call cuBLAS) and where it comes from."""
+def _tables(gpu: str) -> list[tuple[dict[str, Any], str]]:
+    """What is known of class `gpu`, the user's tuning first, and where it comes from."""
     tables = []
     for path, source in ((tuned_path(), "tuned"), (SHIPPED, "shipped")):
         if path.exists() and gpu in (classes := _read(path)["classes"]):
             tables.append((classes[gpu], source))
-    limits = [(table["cross_over_rows"], s) for table, s in tables if "cross_over_rows" in table]
-    limit, source = limits[0] if limits else (CROSS_OVER_ROWS, "rule")
-    if rows > limit:
-        return None, f"{source}: above the cross-over"
-    for table, source in tables:
+    return tables
+
+
+@lru_cache(maxsize=4096)
+def fused_for(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) -> tuple[Config, str]:
+    """The configuration of the fused product, and where it comes from."""
+    for table, source in _tables(gpu):
         entry = table["entries"].get(entry_key(spec, rows, n, k))
         if entry is not None:
             config = Config.of(entry)
             if fits(config, spec):
                 return config, source
     return heuristic(rows, n, k, gpu, sms), "rule"
+
+
+@lru_cache(maxsize=4096)
+def choose_for(
+    spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int
+) -> tuple[Config | None, str]:
+    """The configuration (None: dequantize and call cuBLAS) and where it comes from."""
+    limits = [(t["cross_over_rows"], s) for t, s in _tables(gpu) if "cross_over_rows" in t]
+    limit, source = limits[0] if limits else (CROSS_OVER_ROWS, "rule")
+    if rows > limit:
+        return None, f"{source}: above the cross-over"
+    return fused_for(spec, rows, n, k, gpu, sms)
 
 
 def choose(spec: QuantSpec, rows: int, n: int, k: int, device: "torch.device") -> Config | None:

@@ -231,6 +231,8 @@ mov.u32 i, %tid.x;
 mov.u32 n, %ntid.x;
 mov.u32 $0, kbit_table;
 FILL:
+setp.ge.u32 p, i, 256;
+@p bra FILLED;
 mul.wide.u32 o, i, 4;
 add.u64 a, $1, o;
 ld.global.nc.b32 v, [a];
@@ -238,8 +240,8 @@ mad.lo.u32 s, i, 128, $0;
 and.b32 t, i, 7;
 mad.lo.u32 s, t, 16, s;
 {_PIECES}add.u32 i, i, n;
-setp.lt.u32 p, i, 256;
-@p bra FILL;
+bra FILL;
+FILLED:
 bar.sync 0;
 mov.u32 t, %laneid;
 mad.lo.u32 $0, t, 4, $0;
@@ -252,6 +254,9 @@ SUBTRACT_PTX = {
     "fp16": "sub.rn.f16x2 $0, $1, $2;",
     "bf16": "{\n.reg .b32 m;\nmov.b32 m, 0xbf80bf80;\nfma.rn.bf16x2 $0, $2, m, $1;\n}",
 }
+
+# of halves; a product of fp16 is rounded once
+SCALE_PTX = "mul.rn.f16x2 $0, $1, $2;"
 
 
 def table_words(values: np.ndarray, scheme: Scheme, dtype: str) -> np.ndarray:

@@ -12,11 +12,12 @@ from kbit_kernels.errors import KbitError
 from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.tensor import QuantizedTensor
-from kbit_kernels.triton import kernels
+from kbit_kernels.triton import gemm, kernels
 from kbit_kernels.triton.configs import Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
     FENCE_PTX,
     HALF_DTYPES,
+    SCALE_PTX,
     SHARED_TABLE_PTX,
     SUBTRACT_PTX,
     decode_ptx,
@@ -32,6 +33,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 }
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
+ARRANGE_BLOCK = 2048
 
 
 @dataclass(frozen=True, eq=False)
@@ -229,18 +231,29 @@ def decoder_constants(spec: QuantSpec, half: str, use_ptx: bool) -> dict[str, An
 def linear_constants(
     spec: QuantSpec, half: str, use_ptx: bool, config: Config, columns: int
 ) -> dict[str, Any]:
-    """The constexpr arguments of `kernels.linear_kernel` that follow from spec, K and config."""
+    """The constexpr arguments that follow from spec, K and config, of `kernels.linear_kernel` or,
+    with `config.stages`, of `gemm.gemm_kernel`."""
     tiles = -(-columns // COLUMNS)
-    return {
+    both = {
         **decoder_constants(spec, half, use_ptx),
         "SUBTRACT": SUBTRACT_PTX[half] if use_ptx else "",
         "EVEN_K": columns % COLUMNS == 0,
-        "EVEN_TILES": tiles % (config.warps_k * config.split) == 0,
         "BM": config.rows_x,
+        "SPLIT": config.split,
+    }
+    if config.stages:
+        return {
+            **both,
+            "W": config.warps_n,
+            "SCALING": SCALE_PTX if use_ptx else "",
+            "ARRANGED": config.arranged,
+        }
+    return {
+        **both,
+        "EVEN_TILES": tiles % (config.warps_k * config.split) == 0,
         "R": config.bands,
         "WN": config.warps_n,
         "WK": config.warps_k,
-        "SPLIT": config.split,
         # with more rows of x, or the lookups of 7 bits, registers are short
         "AHEAD": config.rows_x == 8 and not (spec.bits == 7 and scheme_of(spec).kind == "table"),
         "FENCE": FENCE_PTX if use_ptx else "",
@@ -253,8 +266,9 @@ def launch_warps(warps: int, amd: bool) -> int:
 
 
 def launch_options(config: Config, amd: bool) -> dict[str, int]:
-    """Triton's options for `kernels.linear_kernel`."""
-    return {"num_warps": launch_warps(config.warps_n * config.warps_k, amd), "num_stages": 1}
+    """Triton's options for the kernel of `config`."""
+    warps = launch_warps(config.warps_n * config.warps_k, amd)
+    return {"num_warps": warps, "num_stages": max(1, config.stages)}
 
 
 def overlapping(device: torch.device, early: bool = False) -> dict[str, bool]:
@@ -296,6 +310,22 @@ def workspace(device: torch.device) -> Workspace:
     return _WORKSPACES[device]
 
 
+def arrange(x: torch.Tensor, weight: DeviceTensor, config: Config) -> torch.Tensor:
+    """`x [M, K]` in the order in which gemm_kernel multiplies its columns with the weight's."""
+    out = torch.empty_like(x)
+    size = x.numel()
+    gemm.arrange_kernel[(-(-size // ARRANGE_BLOCK),)](
+        x,
+        out,
+        size,
+        SPAN=scheme_of(kernel_spec(weight.spec)).span,
+        BLOCK=ARRANGE_BLOCK,
+        **overlapping(x.device, config.overlap),
+        num_warps=launch_warps(4, torch.version.hip is not None),
+    )
+    return out
+
+
 def fused_linear(
     x: torch.Tensor,
     weight: DeviceTensor,
@@ -324,7 +354,10 @@ def fused_linear(
         space = workspace(x.device)
         space.fit(grid[0] * grid[1] * config.split * rows * config.rows_x, grid[0] * grid[1])
         partial, counters = space.partial, space.counters
-    kernels.linear_kernel[grid](
+    if config.arranged:
+        x = arrange(x, weight, config)
+    kernel = gemm.gemm_kernel if config.stages else kernels.linear_kernel
+    kernel[grid](
         x,
         weight.words,
         weight.scales,

@@ -51,6 +51,74 @@ def activate(x, NAME: tl.constexpr):
 
 
 @triton.jit
+def finish(
+    y,
+    scales_ptr,
+    extra_ptr,
+    bias_ptr,
+    out_ptr,
+    partial_ptr,
+    counter_ptr,
+    factor,
+    M,
+    N,
+    BLOCK: tl.constexpr,
+    HAS_EXTRA: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr,
+    GATE: tl.constexpr,
+):
+    """out [M, N] = y * factor (and scales of whole rows) + extra [M, N] + bias [N], of the outputs
+    `y` fp32 [rows of weights, rows of x] that this program (pid_n, pid_m, pid_s) has summed. With
+    GATE: out [M, N / 2] = GATE(of rows 0..7 of every 16) * rows 8..15.
+
+    SPLIT programs share an output: each writes its part to `partial`, the last to arrive (by
+    `counter`, which it sets back to 0) adds them in the order of the splits, so that results do
+    not depend on timing and nothing needs clearing between calls.
+    """
+    BN: tl.constexpr = y.shape[0]
+    BM: tl.constexpr = y.shape[1]
+    pid_n = tl.program_id(0)
+    pid_m = tl.program_id(1)
+    n = pid_n * BN + tl.arange(0, BN)[:, None]
+    m = pid_m * BM + tl.arange(0, BM)[None, :]
+    if SPLIT > 1:
+        tile_id = pid_m * tl.num_programs(0) + pid_n
+        size: tl.constexpr = BN * BM
+        local = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
+        base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
+        tl.store(base + tl.program_id(2) * size, y, mask=m < M)
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
+        if arrived < SPLIT - 1:
+            return
+        tl.store(counter_ptr + tile_id, 0)
+        y = tl.zeros([BN, BM], tl.float32)
+        for s in range(SPLIT):
+            y += tl.load(base + s * size, mask=m < M, other=0.0, cache_modifier=".cg")
+    inside = (n < N) & (m < M)
+    at = m.to(tl.int64) * N + n
+    if BLOCK == 0:
+        # [band, g, r], see layout.tile_blocks
+        place = n // 16 * 16 + n % 8 * 2 + n // 8 % 2
+        y *= tl.load(scales_ptr + place, mask=n < N, other=0.0).to(tl.float32)
+    y *= factor
+    if HAS_EXTRA:
+        y += tl.load(extra_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
+    if GATE != "":
+        # the upper eight rows of a band are gates, the lower eight what they let through
+        y = tl.permute(y.reshape(BN // 16, 2, 8, BM), (0, 2, 3, 1))
+        gate, through = tl.split(y.reshape(BN // 2, BM, 2))
+        y = activate(gate, GATE) * through
+        n = pid_n * (BN // 2) + tl.arange(0, BN // 2)[:, None]
+        inside = (n < N // 2) & (m < M)
+        at = m.to(tl.int64) * (N // 2) + n
+    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
 def dot(a, b, acc):
     if INTERPRETED:  # the interpreter multiplies the bit patterns of bf16
         acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
@@ -315,10 +383,10 @@ def pick(packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
 
 
 @triton.jit
-def word_zeros(
+def word_values(
     packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr, DT: tl.constexpr
 ):
-    """Zero points for the words of a chunk, `[R, W, 32, 8]`."""
+    """The per-block values of the words of a chunk in DT, `[R, W, 32, 8]`."""
     R: tl.constexpr = packed[0].shape[0]
     W: tl.constexpr = packed[0].shape[1]
     N: tl.constexpr = 256 // BLOCK if BLOCK > 0 and BLOCK < 256 else 1

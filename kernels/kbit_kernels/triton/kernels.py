@@ -17,7 +17,6 @@ import triton.language as tl
 
 from kbit_kernels.triton.functions import (
     LANES_FIRST,
-    activate,
     after_others,
     block_of,
     block_pointers,
@@ -25,6 +24,7 @@ from kbit_kernels.triton.functions import (
     decode,
     dot,
     ends_block,
+    finish,
     halves,
     in_order,
     loads,
@@ -33,7 +33,7 @@ from kbit_kernels.triton.functions import (
     table,
     taken,
     tile_words,
-    word_zeros,
+    word_values,
 )
 
 
@@ -83,13 +83,8 @@ def linear_kernel(
     OVERLAPS: tl.constexpr,
     GATE: tl.constexpr,
 ):
-    """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N]; fp32 accumulation. With GATE:
-    out [M, N / 2] = GATE(of rows 0..7 of every 16) * rows 8..15.
-
-    `tiles` = ceil(K / 256). SPLIT programs share an output: each writes its part to `partial`, the
-    last to arrive (by `counter`, which it sets back to 0) adds them in the order of the splits, so
-    that results do not depend on timing and nothing needs clearing between calls.
-    """
+    """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N], and what `finish` says; fp32
+    accumulation. `tiles` = ceil(K / 256); SPLIT programs share an output."""
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SCALE: tl.constexpr = scales_ptr.dtype.element_ty
     SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
@@ -211,7 +206,7 @@ def linear_kernel(
                         x_d = x_odd
                     a = values[pair * SPAN + d]
                     if KIND == "uint":
-                        z = word_zeros(
+                        z = word_values(
                             zeros,
                             zeros_ptr.dtype.element_ty,
                             BLOCK,
@@ -254,7 +249,8 @@ def linear_kernel(
                                         block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
                                     )
                                 )
-                                scaled += x_sum.reshape(W, ROWS, MB, 4, 2) * mean
+                                # the sum will be multiplied by the factor, which is no mean's
+                                scaled += x_sum.reshape(W, ROWS, MB, 4, 2) * (mean / factor)
                                 x_sum = tl.zeros([W, ROWS, BM], tl.float32)
                             acc += scaled.reshape(W, ROWS, BM)
                             part = tl.zeros([W, ROWS, BM], tl.float32)
@@ -272,44 +268,24 @@ def linear_kernel(
             if HAS_MEANS:
                 means = block_values(means_at, later, tile4, valid4, SCALES, BLOCK, False)
 
-    y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1)  # [WN, ROWS, BM]
-    n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * ROWS + tl.arange(0, ROWS)[None, :, None]
-    m = tl.arange(0, BM)[None, None, :]
-    if SPLIT > 1:
-        tile_id = pid_m * tl.num_programs(0) + pid_n
-        size: tl.constexpr = WN * ROWS * BM
-        local = (n - pid_n * (WN * ROWS)) * BM + m
-        base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
-        tl.store(base + pid_s * size, y, mask=pid_m * BM + m < M)
-        tl.debug_barrier()
-        arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
-        if arrived < SPLIT - 1:
-            return
-        tl.store(counter_ptr + tile_id, 0)
-        y = tl.zeros([WN, ROWS, BM], tl.float32)
-        for s in range(SPLIT):
-            y += tl.load(base + s * size, mask=pid_m * BM + m < M, other=0.0, cache_modifier=".cg")
-    inside = (n < N) & (pid_m * BM + m < M)
-    at = (pid_m * BM + m).to(tl.int64) * N + n
-    if BLOCK == 0:
-        # [band, g, r], see layout.tile_blocks
-        place = n // 16 * 16 + n % 8 * 2 + n // 8 % 2
-        y *= tl.load(scales_ptr + place, mask=n < N, other=0.0).to(tl.float32)
-    y *= factor
-    if HAS_EXTRA:
-        y += tl.load(extra_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if HAS_BIAS:
-        y += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)
-    if GATE != "":
-        # the upper eight rows of a band are gates, the lower eight what they let through
-        y = tl.permute(y.reshape(WN, R, 2, 8, BM), (0, 1, 3, 4, 2))
-        gate, through = tl.split(y.reshape(WN, R * 8, BM, 2))
-        y = activate(gate, GATE) * through
-        n = (pid_n * WN + tl.arange(0, WN)[:, None, None]) * (R * 8)
-        n += tl.arange(0, R * 8)[None, :, None]
-        inside = (n < N // 2) & (pid_m * BM + m < M)
-        at = (pid_m * BM + m).to(tl.int64) * (N // 2) + n
-    tl.store(out_ptr + at, y.to(out_ptr.dtype.element_ty), mask=inside)
+    y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1).reshape(WN * ROWS, BM)
+    finish(
+        y,
+        scales_ptr,
+        extra_ptr,
+        bias_ptr,
+        out_ptr,
+        partial_ptr,
+        counter_ptr,
+        factor,
+        M,
+        N,
+        BLOCK,
+        HAS_EXTRA,
+        HAS_BIAS,
+        SPLIT,
+        GATE,
+    )
 
 
 @triton.jit(do_not_specialize=["tiles", "factor"])

@@ -15,7 +15,7 @@ import torch
 
 from kbit_kernels.formats import codebook_of
 from kbit_kernels.spec import QuantSpec
-from kbit_kernels.triton.configs import gpu_class, heuristic
+from kbit_kernels.triton.configs import fused_for, gpu_class
 from kbit_kernels.triton.device import (
     DTYPE_NAMES,
     DeviceTensor,
@@ -28,7 +28,7 @@ from kbit_kernels.triton.device import (
 )
 from kbit_kernels.triton.layout import CHUNK_WORDS, COLUMNS, padded, scheme_of
 
-CROSS_OVERS = (8, 16, 32, 64, 96, 128, 192, 256)  # rows of x, tried in this order
+CROSS_OVERS = (8, 16, 32, 64, 128, 256, 384, 512, 768, 1024)  # rows of x, tried in this order
 WARMING_COPIES = 1000  # of 1 GiB: about a second
 CALLS = 24  # in one graph, at least
 COLD_BYTES = 256 << 20  # a round touches more than any second-level cache holds
@@ -175,7 +175,7 @@ def cross_over_rows(
     most = 0
     for rows in CROSS_OVERS:
         x = torch.randn((rows, k), dtype=torch.float16, device=device)
-        config = heuristic(rows, n, k, gpu, sms)
+        config, _ = fused_for(spec, rows, n, k, gpu, sms)
         ways = {
             "fused": [partial(fused_linear, x, weight, config) for weight in weights],
             "dense": [partial(dequantized_linear, x, weight) for weight in weights],

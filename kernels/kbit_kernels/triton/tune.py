@@ -10,6 +10,8 @@ import torch
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.triton.configs import (
     COLUMNS,
+    GEMM_CLASSES,
+    LINEAR_ROWS,
     MAX_WARPS,
     ROW_BUCKETS,
     Config,
@@ -26,6 +28,14 @@ from kbit_kernels.triton.device import DeviceTensor, fused_linear
 from kbit_kernels.triton.measure import Timed, copies, cross_over_rows, medians_us, random_weight
 
 Shape = tuple[int, int]
+# (warps, stages) of gemm_kernel by the rows of x that a program holds
+GEMMS = {
+    16: ((4, 4), (8, 4)),
+    32: ((4, 3), (8, 3), (8, 4), (16, 3)),
+    64: ((4, 2), (8, 2), (8, 3), (8, 4), (16, 3)),
+    128: ((4, 2), (8, 2)),
+}
+SPLITS = (1, 2, 4, 8)
 
 
 @dataclass(frozen=True)
@@ -43,19 +53,35 @@ def candidates(rows: int, n: int, k: int, gpu: str, sms: int) -> list[Config]:
     rule = heuristic(rows, n, k, gpu, sms)
     tiles = -(-k // COLUMNS)
     found = [rule]
-    for bands in (1, 2) if rule.rows_x <= 16 else (1,):
+    for bands in (1, 2) if rule.rows_x <= 16 else (1,) if rule.rows_x <= LINEAR_ROWS else ():
         for warps_n in (1, 2):
             for warps_k in (1, 2, 4, 8):
                 if warps_n * warps_k > MAX_WARPS or warps_k > tiles:
                     continue
-                for split in (1, 2, 4, 8):
+                for split in SPLITS:
                     programs = -(-n // (16 * bands * warps_n)) * split
                     warps = programs * warps_n * warps_k
                     # fewer than 4 warps a multiprocessor can't load at full speed
                     if warps_k * split <= tiles and 4 * sms <= warps <= 96 * sms:
                         plain = Config(rule.rows_x, bands, warps_n, warps_k, split)
                         found += [plain, replace(plain, overlap=True)]
+    if gpu in GEMM_CLASSES:
+        found += gemm_candidates(rows, n, k, sms)
     return list(dict.fromkeys(found))
+
+
+def gemm_candidates(rows: int, n: int, k: int, sms: int) -> list[Config]:
+    """Of gemm_kernel."""
+    found = []
+    for rows_x in (64, 128) if bucket(rows) == 128 else (bucket(rows),):
+        for warps, stages in GEMMS.get(rows_x, ()):
+            for split in SPLITS:
+                programs = -(-n // (16 * warps)) * -(-rows // rows_x) * split
+                if split <= -(-k // COLUMNS) and (split == 1 or programs <= 4 * sms):
+                    plain = Config(rows_x, 1, warps, 1, split, stages=stages)
+                    both = [plain, replace(plain, arranged=True)] if rows > LINEAR_ROWS else [plain]
+                    found += [replace(config, overlap=o) for config in both for o in (False, True)]
+    return found
 
 
 def tune(

@@ -116,10 +116,10 @@ def fill(text: str, threads: int, entries: U32) -> U32:
         while at < len(body):
             line = body[at]
             at += 1
-            if line.startswith(".") or line in ("FILL:", "bar.sync 0;"):
+            if line.startswith(".") or line.endswith(":") or line == "bar.sync 0;":
                 continue
-            if line == "@p bra FILL;":
-                at = body.index("FILL:") if values["p"] else at
+            if jump := re.fullmatch(r"(@p )?bra (\w+);", line):
+                at = body.index(f"{jump[2]}:") if not jump[1] or values["p"] else at
                 continue
             opcode, rest = line.rstrip(";").split(" ", 1)
             target, *operands = rest.split(", ")
@@ -144,5 +144,5 @@ _SCALARS: dict[str, Callable[..., int]] = {
     "mad.lo.u32": lambda a, b, c: a * b + c,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
-    "setp.lt.u32": lambda a, b: a < b,
+    "setp.ge.u32": lambda a, b: a >= b,
 }

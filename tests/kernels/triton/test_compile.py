@@ -30,8 +30,10 @@ SOME = [
     ("sm_90", "int8-b64", 1),
     ("sm_90", "nf4-b64", 1),
     ("sm_90", "nf7-b64", 1),
+    ("sm_90", "int4-b64", 27),
     ("sm_90", "int4-b64", 64),
-    ("sm_90", "nf4-b64", 64),
+    ("sm_90", "nf4-b64", 128),
+    ("sm_90", "uint3-b32", 64),
     ("sm_100", "fp6e3-b32", 1),
     ("sm_100", "int4-row", 27),
     ("sm_120", "int5-b128", 1),
@@ -59,8 +61,13 @@ def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.
 
 
 def check_loop(chip: str, text: str, binary: compiled.Binary, config: Config) -> None:
-    """One warp's loop: tensor-core products only on what it loaded itself."""
+    """One warp's loop: tensor-core products only on weights that it loaded itself."""
     spec = QuantSpec.parse(text)
+    if config.stages:
+        assert binary.loop["HGMMA"] == 16, binary
+        # what is decoded goes from registers into the product
+        assert not {"STS", "STSM", "SHFL", "HMMA"} & set(binary.loop), binary
+        return
     assert binary.loop["HMMA"] == 16 * config.bands * (config.rows_x // 8), binary
     scheme = scheme_of(spec)
     lookups = 128 // scheme.unit * config.bands if scheme.kind == "table" else 0

@@ -1,6 +1,7 @@
 """Which configuration is chosen, and what may be in a table."""
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,8 +21,10 @@ ARGUMENTS = ("sm_100", 148)  # a class without shipped entries
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    configs.fused_for.cache_clear()
     configs.choose_for.cache_clear()
     yield configs.tuned_path()
+    configs.fused_for.cache_clear()
     configs.choose_for.cache_clear()
 
 
@@ -126,9 +129,14 @@ def test_availability_has_a_reason() -> None:
 
 
 def test_every_shipped_entry_can_be_launched() -> None:
-    for found in json.loads(configs.SHIPPED.read_text())["classes"].values():
+    for gpu, found in json.loads(configs.SHIPPED.read_text())["classes"].items():
         for key, entry in found["entries"].items():
             config = Config.of(entry)
-            bits, rows = int(key[1]), int(key.split("-")[1][1:])
-            assert config.rows_x == configs.bucket(rows)
-            assert configs.fits(config, QuantSpec("nf", bits)), key
+            bits, rows, n, k = map(int, re.findall(r"\d+", key))
+            assert config.rows_x <= configs.bucket(rows)
+            assert config.rows_x == configs.bucket(rows) or rows > configs.LINEAR_ROWS
+            assert configs.fits(config, QuantSpec("int", bits)), key
+            # a table may leave no room, and then the rule's fits
+            spec = QuantSpec("nf", bits)
+            chosen, _ = configs.fused_for(spec, rows, n, k, gpu, configs.SHIPPED_CLASSES[gpu])
+            assert configs.fits(chosen, spec), key

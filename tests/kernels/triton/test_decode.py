@@ -66,7 +66,7 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     np.testing.assert_array_equal(found, expected_of_code[codes])
 
 
-@pytest.mark.parametrize("threads", [32, 128, 256])
+@pytest.mark.parametrize("threads", [32, 128, 256, 512])
 def test_every_lane_has_the_whole_table(threads: int) -> None:
     entries = np.arange(1, 257, dtype=np.uint32)
     found = ptx.fill(decode.SHARED_TABLE_PTX, threads, entries)

@@ -15,7 +15,7 @@ from tests.kernels.triton.conftest import Run
 WIDTHS = range(2, 9)
 BLOCKS = ("b32", "b64", "b128", "b256", "row")
 ALL_BLOCKS = ("b16", *BLOCKS, "b512", "b1024")
-# rows_x, bands, warps_n, warps_k, split
+# rows_x, bands, warps_n, warps_k, split, overlap, stages, arranged
 PLAIN = [8, 1, 1, 2, 1]
 PATHS = {
     "one-warp": (1, [8, 1, 1, 1, 1]),
@@ -29,6 +29,9 @@ PATHS = {
     "programs-of-rows": (64, [32, 1, 4, 1, 1]),
     "gemm-32-split": (50, [32, 1, 2, 1, 2]),
     "many-rows": (37, [32, 1, 2, 1, 2]),
+    "shared-x": (29, [32, 1, 4, 1, 1, False, 2]),
+    "shared-x-split": (70, [64, 1, 4, 1, 2, False, 3]),
+    "arranged-x": (21, [32, 1, 4, 1, 1, True, 3, True]),
 }
 PATH_CASES = [
     *((path, "int4-b64") for path in PATHS),
@@ -36,6 +39,13 @@ PATH_CASES = [
     ("gemm-32", "uint8-row"),
     ("sixteen-rows", "nf5-row"),
     ("programs-of-rows", "fp6e3-b128"),
+    ("shared-x", "uint3-b32"),
+    ("shared-x", "fp7-b128-center"),
+    ("shared-x", "nf8-row"),
+    ("shared-x", "int6-b64-fp32"),
+    ("shared-x-split", "int2-b16"),
+    ("shared-x-split", "uint5-b1024"),
+    ("arranged-x", "uint4-b16"),
 ]
 
 
@@ -80,6 +90,7 @@ def test_small_floats_in_bf16(interpreted: Run, name: str) -> None:
         ("int4-b64", "one-warp"),
         ("uint3-row", "two-bands"),
         ("nf5-b32-out0.05", "sixteen-rows-split"),
+        ("int3-b64", "shared-x"),
     ],
 )
 def test_what_follows_a_product(interpreted: Run, spec: str, path: str, gate: str) -> None:
@@ -117,6 +128,8 @@ def test_paths(interpreted: Run, path: str, spec: str) -> None:
     [
         "int4-b64-center",
         "nf3-row-center",
+        "fp5-b64-center",
+        "fp3-row-center",
         "int3-b64-out0.02",
         "uint5-b32-dq",
         "lloyd4-b64-bf16-dq-center-out0.05",

@@ -1,0 +1,155 @@
+"""The correctness gate of gpu.py: every width and data type against the reference."""
+
+import itertools
+import os
+import time
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+from gpu_scale import DTYPES, SPAWN, Scale
+
+
+def gate(specs: list[str], scale: Scale, until: float) -> dict[str, list[str]]:
+    """Run in its own process: every spec against the reference; returns what is wrong.
+
+    Compiling for the gate also fills Triton's cache for the timings.
+    """
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    import torch
+
+    from kbit_kernels import QuantSpec
+
+    wrong: dict[str, list[str]] = {}
+    for dtype in (torch.float16, torch.bfloat16):
+        for text in specs:
+            if dtype == torch.bfloat16 and time.monotonic() > until:
+                print(f"the gate has no time left for {text} in bf16", flush=True)
+                continue
+            try:
+                configs = configs_of(QuantSpec.parse(text), dtype, scale)
+                problems = check(text, dtype, scale, configs)
+            except Exception as problem:  # does not compile, does not launch
+                problems = [f"{text} {dtype}: {type(problem).__name__}: {problem}"[:500]]
+            if problems:
+                wrong.setdefault(text, []).extend(problems)
+    return wrong
+
+
+def configs_of(spec: Any, dtype: Any, scale: Scale) -> set[Any]:
+    """Every configuration that is timed with `spec`."""
+    import torch
+
+    from kbit_kernels.triton.configs import SHIPPED_SHAPES, choose_for, gpu_class, heuristic
+
+    gpu, sms = gpu_class(torch.device(scale.device))
+    shapes = SHIPPED_SHAPES if scale.device == "cuda" else scale.shapes
+    configs = set()
+    for (n, k), m in itertools.product(shapes, scale.rows):
+        chosen, _ = choose_for(spec, m, n, k, gpu, sms)
+        configs |= {heuristic(m, n, k, gpu, sms), *([] if chosen is None else [chosen])}
+    if dtype == torch.bfloat16:  # timed in fp16 only; one configuration a bucket is enough
+        configs = set({c.rows_x: c for c in configs}.values())
+    return configs
+
+
+def check(text: str, dtype: Any, scale: Scale, configs: set[Any]) -> list[str]:
+    """What is wrong with one spec in one half precision."""
+    import numpy as np
+    import torch
+
+    from kbit_kernels import QuantSpec, quantize, reference
+    from kbit_kernels.triton import dequantize, fused_linear, prepare
+
+    N, K = scale.gate_shape
+    wrong = []
+    rng = np.random.default_rng(0)
+    spec = QuantSpec.parse(text)
+    tensor = quantize(rng.standard_normal((N, K)).astype(np.float32) * 0.02, spec)
+    weights = reference.dequantize(tensor)
+    weight = prepare(tensor, scale.device, dtype)
+    # half a unit of the result, plus half a unit of each table entry or scaled weight, fp32 sums
+    rounding = 2.0**-11 if dtype == torch.float16 else 2.0**-8
+    if dtype == torch.bfloat16 and scale.device == "cpu":
+        rounding = 2.0**-7  # the interpreter cuts off
+    restored = dequantize(
+        weight, torch.full(tensor.shape, float("nan"), device=scale.device, dtype=dtype)
+    )
+    error = np.abs(restored.float().cpu().numpy() - weights)
+    if not (error <= 2.1 * rounding * np.abs(weights) + 2.0**-24).all():
+        wrong.append(f"{text} {dtype} dequantize: {np.nanmax(error):.3g}")
+    for config in configs:
+        m = config.rows_x - 3
+        x = torch.randn((m, K), device=scale.device).to(dtype)
+        out = torch.full((m, N), float("nan"), device=scale.device, dtype=dtype)
+        for _ in range(2):
+            first = out.clone()
+            fused_linear(x, weight, config, out=out)
+        x_f32 = x.float().cpu().numpy()
+        expected = reference.linear(x_f32, tensor)
+        terms = np.abs(x_f32) @ np.abs(weights).T
+        bound = 1.1 * rounding * np.abs(expected) + (rounding + 2.0**-18) * terms / 8
+        bound += rounding * np.sqrt((x_f32**2) @ (weights**2).T) * 4 + 2.0**-24
+        error = np.abs(out.float().cpu().numpy() - expected)
+        if not (error <= bound).all():
+            wrong.append(f"{text} {dtype} {config}: {np.nanmax(error / bound):.3g} x bound")
+        if not torch.equal(first, out):
+            wrong.append(f"{text} {dtype} {config}: two calls differ")
+    return wrong
+
+
+def attention_gate(scale: Scale) -> list[str]:
+    """kbit's attention kernel against torch's own in fp32, on ragged lengths."""
+    import torch
+    from torch.nn.functional import scaled_dot_product_attention
+
+    from gpu_decode import LLAMA_3_8B
+    from kbit.engine.cuda_kernels import Attend
+    from kbit.models import describe
+
+    attention = describe(LLAMA_3_8B).layers[0].attention
+    B, capacity = 5, 600
+    H, G, D = attention.heads, attention.kv_heads, attention.head_dim
+    q = torch.randn((B, H, D), device=scale.device, dtype=torch.float16)
+    keys, values = torch.randn(
+        (2, B, G, capacity, D), device=scale.device, dtype=torch.float16
+    ).unbind()
+    at = torch.tensor([0, 63, 64, 300, capacity - 1], device=scale.device)
+    attend = Attend(attention, None)
+    attend(q, keys, values, at)
+    found = attend(q, keys, values, at).float()
+    seen = torch.arange(capacity, device=scale.device) <= at[:, None]
+    expected = scaled_dot_product_attention(
+        q.float().view(B, G, H // G, D),
+        keys.float(),
+        values.float(),
+        attn_mask=seen[:, None, None],
+        scale=attention.scale,
+    ).reshape(B, H, D)
+    error = (found - expected).abs().max().item()
+    return [] if error < 4e-3 else [f"attention is off by {error:.3g}"]
+
+
+def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
+    """The gate over several processes: what is wrong, by spec, "attention" or "process"."""
+    specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
+    specs += ["int4-row", "int3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64", "int4-b64-center"]
+    for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+    jobs = min(12, os.cpu_count() or 1)
+    wrong: dict[str, list[str]] = {}
+    with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
+        attention = pool.submit(attention_gate, scale)
+        parts = [pool.submit(gate, specs[i::jobs], scale, until) for i in range(jobs)]
+        try:
+            if problems := attention.result():
+                wrong["attention"] = problems
+        except Exception as problem:
+            wrong["attention"] = [f"{type(problem).__name__}: {problem}"[:500]]
+        for i, part in enumerate(parts):
+            try:
+                wrong |= part.result()
+            except Exception as problem:  # it died, and whether its specs are right is not known
+                for text in specs[i::jobs]:
+                    wrong[text] = [f"not checked: {type(problem).__name__}: {problem}"[:500]]
+    return wrong
