@@ -25,7 +25,7 @@ from peers import prompt_ids
 
 # root mean squares; unrelated logits have 1.4
 BOUND = {"float": 1e-4, "int16": 0.05, "bf16": 0.1, "int8": 0.4}
-BROKEN_BOUND = {"bf16": 0.3, "int8": 1.0}  # a model that 2 bits broke moves by 0.14 and 0.6
+BROKEN_BOUND = {"bf16": 0.2, "int8": 1.0}  # a model that 2 bits broke moves by 0.14 and 0.6
 
 
 def some_ids(checkpoint: Checkpoint, count: int) -> np.ndarray:

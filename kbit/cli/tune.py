@@ -17,7 +17,7 @@ def tune(
     ] = "4096x4096,14336x4096,4096x14336",
     rows: Annotated[
         str, typer.Option(help="Tokens computed at once, separated by commas.")
-    ] = "1,16,32,64",
+    ] = "1,16,32,64,128",
     dtype: Annotated[str, typer.Option(help="Data type to measure with.")] = "int",
 ) -> None:
     """Search kernel configurations on this GPU and keep the best ones in the cache directory."""
