@@ -86,7 +86,7 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     table = (32 << 10) if scheme_of(spec).kind == "table" else 0
     if config.stages:
         tiles = config.stages * COLUMNS * (2 * config.rows_x + 2 * warps * spec.bits)
-        # as compiled: half a register a row of x for the sums, 96 for the rest; a lane spills beyond
+        # as compiled: half a register a row of x for the sums, 96 for the rest; beyond, lanes spill
         registers = config.rows_x // 2 + 96 <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
         return one_each and registers and (48 << 10) < tiles <= (224 << 10) - table
