@@ -19,10 +19,10 @@ from kbit_kernels.errors import KbitError
 from kbit_kernels.tensor import SCALE_CODEBOOK, QuantizedTensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
-Isa = Literal["portable", "avx2", "avx512", "amx"]
+Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx"]
 Arithmetic = Literal["float", "int8", "int16", "bf16"]
 # in the order of the enums of src/kbit.h
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avx512", "amx")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512", "amx")
 ARITHMETICS: tuple[Arithmetic, ...] = ("float", "int8", "int16", "bf16")
 MOST_THREADS = 1024  # of a pool: a system that starts no more of them ends the process
 

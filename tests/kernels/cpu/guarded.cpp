@@ -167,7 +167,7 @@ int main(int argc, char** argv) {
   Error error{};
   kbit::Pool* pool = kbit_pool_new(2, &error);
   long index = 0, cases = 0, wrong = 0;
-  for (int isa = 0; isa < 4; ++isa) {
+  for (int isa = 0; isa <= kbit::kAmx; ++isa) {
     if (!kbit_isa_available(isa)) continue;
     for (int storage = 0; storage < 6; ++storage) {
       for (int bits = 2; bits <= 8; ++bits) {

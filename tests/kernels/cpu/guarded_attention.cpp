@@ -95,9 +95,9 @@ bool run(const kbit::LayerKernels& kernels, int64_t rows, int64_t head_dim, int3
 }  // namespace
 
 int main() {
-  const kbit::LayerKernels* const tables[] = {kbit::portable_layers, kbit::avx2_layers, kbit::avx512_layers, kbit::amx_layers};
+  const kbit::LayerKernels* const tables[] = {kbit::portable_layers, kbit::avx2_layers, kbit::avx2_layers, kbit::avx512_layers, kbit::amx_layers};
   long cases = 0, wrong = 0;
-  for (int isa = 0; isa < 4; ++isa) {
+  for (int isa = 0; isa <= kbit::kAmx; ++isa) {
     if (!kbit_isa_available(isa)) continue;
     for (int64_t head_dim : {2, 16, 40, 64, 80, 128, 256, 264}) {
       for (int64_t rows : {1, 3, 4, 9, 16, 17, 31, 96}) {

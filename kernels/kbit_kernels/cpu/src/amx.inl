@@ -309,4 +309,4 @@ static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t str
 }
 
 static constexpr Kernels kAmxKernels = {load_amx, multiply_amx, dequantize, block_ranges, encode, order, digits,
-                                        kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebooks};
+                                        kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};

@@ -26,6 +26,7 @@ const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
   switch (isa) {
     case kAmx: return arithmetic == kFloat ? avx512_layers : amx_layers;
     case kAvx512: return avx512_layers;
+    case kAvxVnni:
     case kAvx2: return avx2_layers;
     default: return portable_layers;
   }

@@ -29,8 +29,8 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 // where that takes it. Plain matrices always use float.
 enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
-// kAmx: as kAvx512, but for many tokens.
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAmx = 3 };
+// kAvxVnni: AVX2 and its products of bytes. kAmx: as kAvx512, but for many tokens.
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4 };
 
 // The fastest instruction set of this machine, and whether `isa` can run here.
 Isa best_isa();
@@ -119,6 +119,7 @@ class Input {
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T, blocks], integers only
   float* sums = nullptr;       // [T, blocks], of the values as they were rounded
+  int32_t* totals = nullptr;   // [T, blocks], of the integers themselves
   float* outliers = nullptr;   // [T, J]: the values of the outlier columns, which are 0 above
 
  private:

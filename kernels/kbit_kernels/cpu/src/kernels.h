@@ -37,21 +37,25 @@ struct Kernels {
   bool (*digits)(int32_t bits);
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
-  // weights of up to `byte_bits` bits, and with codebooks if `byte_codebooks`, else 16-bit ones.
+  // weights of up to `byte_bits` bits and with codebooks of up to `byte_codebook_bits`, else 16-bit ones.
   int64_t tile_tokens;
   int32_t byte_bits;
-  bool byte_codebooks;
+  int32_t byte_codebook_bits;
 };
 
 // Null where the compiler or the target cannot build them.
 extern const Kernels* const portable_kernels;
 extern const Kernels* const avx2_kernels;
+extern const Kernels* const avxvnni_kernels;
 extern const Kernels* const avx512_kernels;
 extern const Kernels* const amx_kernels;
 const Kernels* kernels_of(Isa isa);
 
 // Bounds on integer weights and inputs: the products of 64 columns fit in 31 bits.
 constexpr int kNarrowLimit = 127;     // int8 weights and inputs
+// Of codebooks of 2 and 3 bits where pairs of products, of unsigned weights, are summed in 16 bits: two
+// of 2 bits, one of 3.
+constexpr int slim_limit(int bits) { return bits == 2 ? 31 : 63; }
 constexpr int kWideWeights = 4095;    // int16 codebook values ...
 constexpr int kWideInputs = 8191;     // ... times int16 inputs
 constexpr int kDigitInputs = 127 * 257;  // inputs in two bytes, each with its sign
@@ -85,11 +89,12 @@ constexpr int piece_of(int order) { return 32 >> order; }  // columns of a field
 struct Matrix::Tables {
   alignas(64) float values[256];
   alignas(64) int8_t narrow[64];        // up to 16 entries: value ~ narrow * narrow_scale
+  alignas(64) int8_t slim[64];          // up to 8 entries, within slim_limit
   alignas(64) uint8_t wide[2][256];     // bytes, low first, of int16: value ~ wide * wide_scale
   alignas(64) uint8_t wide_xor[2][256];
   alignas(64) uint8_t bytes[4][256];    // bytes, low first, of `values`
   alignas(64) uint8_t bytes_xor[4][256];
-  float narrow_scale, wide_scale;
+  float narrow_scale, slim_scale, wide_scale;
 };
 
 }  // namespace kbit

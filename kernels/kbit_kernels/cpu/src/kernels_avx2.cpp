@@ -1,5 +1,8 @@
 #include <cstdint>
 #include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 #include <type_traits>
 
 #include "kernels.h"
@@ -12,10 +15,10 @@
 #else
 #pragma GCC target("avx2,fma,f16c")
 #endif
-#include "simd_avx2.h"
-
 namespace kbit {
 namespace avx2 {
+constexpr bool kVnni = false;
+#include "simd_avx2.h"
 #include "prepare.inl"
 #include "gemv.inl"
 #include "single.inl"

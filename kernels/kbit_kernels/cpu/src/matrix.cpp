@@ -28,6 +28,7 @@ const Kernels* kernels_of(Isa isa) {
   switch (isa) {
     case kPortable: return portable_kernels;
     case kAvx2: return avx2_kernels;
+    case kAvxVnni: return avxvnni_kernels;
     case kAvx512: return avx512_kernels;
     case kAmx: return amx_kernels;
   }
@@ -69,11 +70,14 @@ std::unique_ptr<Matrix::Tables> make_tables(const float* codebook, int bits) {
   const int count = 1 << bits;
   for (int i = 0; i < 256; ++i) tables->values[i] = codebook[i % count];
   const float narrow = best_factor(codebook, count, kNarrowLimit);
+  const float slim = best_factor(codebook, count, slim_limit(bits));
   const float wide = best_factor(codebook, count, kWideWeights);
   tables->narrow_scale = 1 / narrow;
+  tables->slim_scale = 1 / slim;
   tables->wide_scale = 1 / wide;
   for (int i = 0; i < 64; ++i) {
     tables->narrow[i] = static_cast<int8_t>(std::nearbyint(tables->values[i] * narrow));
+    tables->slim[i] = static_cast<int8_t>(std::nearbyint(tables->values[i] * slim));
   }
   for (int i = 0; i < 256; ++i) {
     const auto value = static_cast<uint16_t>(
@@ -123,6 +127,10 @@ bool has_f16c() {  // not all compilers' __builtin_cpu_supports know it
   uint32_t a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
+bool has_avx_vnni() {
+  uint32_t a = 0, b = 0, c = 0, d = 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
+}
 #endif
 
 }  // namespace
@@ -138,6 +146,7 @@ bool isa_available(Isa isa) {
   if (isa == kAvx2) {
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   }
+  if (isa == kAvxVnni) return isa_available(kAvx2) && has_avx_vnni();
   if (isa == kAvx512) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
@@ -150,7 +159,7 @@ bool isa_available(Isa isa) {
 }
 
 Isa best_isa() {
-  for (Isa isa : {kAmx, kAvx512, kAvx2}) {
+  for (Isa isa : {kAmx, kAvx512, kAvxVnni, kAvx2}) {
     if (isa_available(isa)) return isa;
   }
   return kPortable;
@@ -213,8 +222,8 @@ int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens)
   if (input_panels(matrix, arithmetic, tokens)) return 16;
   const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
   const Kernels& kernels = *matrix.kernels;
-  const bool bytes = matrix.tensor.storage == kCodebook ? kernels.byte_codebooks
-                                                        : matrix.tensor.bits <= kernels.byte_bits;
+  const bool bytes = matrix.tensor.bits <= (matrix.tensor.storage == kCodebook ? kernels.byte_codebook_bits
+                                                                               : kernels.byte_bits);
   return arithmetic == kInt16 || arithmetic == kBf16Prompt || large || (tokens >= kernels.tile_tokens && !bytes) ? 16 : 8;
 }
 
@@ -278,7 +287,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   const size_t values_bytes = rounded(room * padded * (width / 8));
   const size_t block_bytes = rounded(count * blocks * 4);
   const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
-  const size_t bytes = values_bytes + 2 * block_bytes + outlier_bytes;
+  const size_t bytes = values_bytes + 3 * block_bytes + outlier_bytes;
   if (bytes > capacity_) {
     std::free(memory_);
     memory_ = std::aligned_alloc(64, bytes);
@@ -289,7 +298,8 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   values = at;
   scales = reinterpret_cast<float*>(at + values_bytes);
   sums = reinterpret_cast<float*>(at + values_bytes + block_bytes);
-  outliers = reinterpret_cast<float*>(at + values_bytes + 2 * block_bytes);
+  totals = reinterpret_cast<int32_t*>(at + values_bytes + 2 * block_bytes);
+  outliers = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes);
 }
 
 void Input::load(const float* x, int64_t stride, int64_t begin, int64_t end) {

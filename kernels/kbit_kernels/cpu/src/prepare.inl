@@ -19,8 +19,7 @@ static inline int log2_of(int power) { return __builtin_ctz(static_cast<unsigned
 
 // Rounds one block of a token to integers.
 template <class X>
-static void load_block(const Input& input, const float* x, int step, X* out, float* scale,
-                       float* sum) {
+static void load_block(const Input& input, const float* x, int step, X* out, int64_t block) {
   V::F peaks = V::zero(), poison = V::zero();
   for (int i = 0; i < step; i += V::kFloats) {
     const V::F v = V::load(x + i);
@@ -37,8 +36,10 @@ static void load_block(const Input& input, const float* x, int step, X* out, flo
     if constexpr (sizeof(X) == 1) V::store8(out + i, rounded);
     else V::store16(out + i, rounded);
   }
-  *scale = round ? peak / static_cast<float>(input.limit) : bad;
-  *sum = *scale * static_cast<float>(V::isum(total));
+  const float scale = round ? peak / static_cast<float>(input.limit) : bad;
+  input.scales[block] = scale;
+  input.totals[block] = V::isum(total);
+  input.sums[block] = scale * static_cast<float>(input.totals[block]);
 }
 
 // Brings `units` units of columns from natural order to that of the input's bytes.
@@ -102,19 +103,19 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
     const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
     std::memset(input.scales + token * input.blocks, 0, block_bytes);
     std::memset(input.sums + token * input.blocks, 0, block_bytes);
+    std::memset(input.totals + token * input.blocks, 0, block_bytes);
     for (int64_t col = 0; col < input.padded; col += kColumns) {
       const int64_t padded = least(kColumns, input.padded - col);
       const float* staged = stage(input, x + token * stride, token, col, padded, outlier, room);
       const int64_t first = token * input.padded + col;
       for (int64_t i = 0; i < padded; i += step) {
         const int64_t block = token * input.blocks + (col + i) / step;
-        float *scale = input.scales + block, *sum = input.sums + block;
         if (input.width == 8) {
           int8_t* out = input.order ? bytes[0] : static_cast<int8_t*>(input.values) + first;
-          load_block(input, staged + i, step, out + i, scale, sum);
+          load_block(input, staged + i, step, out + i, block);
         } else if (input.width == 16) {
           int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;
-          load_block(input, staged + i, step, out + i, scale, sum);
+          load_block(input, staged + i, step, out + i, block);
         } else {
           V::F total = V::zero();
           for (int j = 0; j < step; j += V::kFloats) {
@@ -122,7 +123,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
             V::store(static_cast<float*>(input.values) + first + i + j, v);
             total = V::add(total, v);
           }
-          *sum = V::sum(total);
+          input.sums[block] = V::sum(total);
         }
       }
       // only the units that a row has are in chunks; padding beyond them is natural
@@ -150,7 +151,10 @@ static inline Meaning meaning(int width, const Matrix& m) {
   const Tensor& t = m.tensor;
   float factor = 1, center = 0;
   if (t.storage == kCodebook) {
-    if (width == 8) factor = m.tables->narrow_scale, center = -V::kBias8;
+    if (width == 8) {
+      factor = V::slim(t.bits) ? m.tables->slim_scale : m.tables->narrow_scale;
+      center = static_cast<float>(-V::bias8(t.bits));
+    }
     if (width == 16) factor = m.tables->wide_scale;
   } else {
     const int half = 1 << (t.bits - 1);

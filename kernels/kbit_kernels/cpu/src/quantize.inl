@@ -122,4 +122,4 @@ static int32_t order(int32_t bits) { return V::order(bits); }
 static bool digits(int32_t bits) { return V::digits(bits); }
 
 static constexpr Kernels kKernels = {load, multiply, dequantize, block_ranges, encode, order, digits, 0,
-                                     kTileTokens, V::kByteBits, V::kByteCodebooks};
+                                     kTileTokens, V::kByteBits, V::kByteCodebookBits};

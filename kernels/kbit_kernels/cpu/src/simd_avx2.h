@@ -1,21 +1,19 @@
-// AVX2 with FMA and F16C: 32 codes at a time. See simd_portable.h for what V must have.
-#pragma once
-
-#include <immintrin.h>
-
-#include "kernels.h"
-
-namespace kbit {
-namespace avx2 {
+// AVX2 with FMA and F16C: 32 codes at a time. See simd_portable.h for what V must have. Included in
+// the namespace of an instruction set, which has kVnni: whether there are AVX-VNNI's products of bytes.
 
 struct V {
   static constexpr int kFloats = 8, kCodes = 32;
   static constexpr int kTileVectors = 2;
-  static constexpr int tokens(int width) { return width == 32 ? 6 : 4; }
-  static constexpr int kByteBits = 6;  // of more, pairs of products overflow vpmaddubsw's 16 bits
-  static constexpr bool kByteCodebooks = false;
-  static constexpr bool kPairSums = true;
-  static constexpr int pair_steps(int bits) { return bits >= 6 ? 2 : bits == 5 ? 4 : 8; }
+  static constexpr int tokens(int width) { return width == 8 && kPairSums ? 4 : 6; }
+  static constexpr int tile_columns(int width) { return width == 32 ? 256 : width == 16 ? 768 : 1024; }
+  static constexpr int kByteBits = kVnni ? 8 : 6;  // of more, pairs of products overflow vpmaddubsw's 16 bits
+  static constexpr int kByteCodebookBits = kVnni ? 4 : 3;
+  static constexpr bool kPairSums = !kVnni;
+  // How many pairs of products of codes, or of values of a slim codebook, 16 bits hold.
+  static constexpr int pair_steps(int bits, bool codebook) {
+    if (codebook) return bits == 2 ? 2 : 1;
+    return bits >= 7 ? 1 : bits == 6 ? 2 : bits == 5 ? 4 : 8;
+  }
   static constexpr bool kCompact = kCompactBuild;
 
   typedef __m256 F;
@@ -25,6 +23,7 @@ struct V {
 
   static F set1(float a) { return _mm256_set1_ps(a); }
   static F zero() { return _mm256_setzero_ps(); }
+  static I iset1(int32_t a) { return _mm256_set1_epi32(a); }
   static I izero() { return _mm256_setzero_si256(); }
   static F load(const float* p) { return _mm256_loadu_ps(p); }
   static void store(float* p, F a) { _mm256_storeu_ps(p, a); }
@@ -146,22 +145,34 @@ struct V {
   static __m256i table16(const void* p) {
     return _mm256_broadcastsi128_si256(_mm_load_si128(static_cast<const __m128i*>(p)));
   }
-  static constexpr int center8(int bits) { return bits == 8 ? 128 : 0; }
-  static constexpr int kBias8 = 0;
+  static constexpr int center8(int bits) { return bits == 8 && !kVnni ? 128 : 0; }
+  // Products take unsigned bytes: tables hold values with a bias, or are split into sign and magnitude.
+  static constexpr bool slim(int bits) { return !kVnni && bits < 4; }
+  static constexpr int bias8(int bits) { return kVnni ? 128 : slim(bits) ? slim_limit(bits) + 1 : 0; }
+  template <int BITS, bool LUT>
+  static constexpr bool kSigned = !kVnni && (BITS == 8 || (LUT && !slim(BITS)));
   template <int BITS, bool LUT>
   struct Narrow {
-    __m256i table;
-    explicit Narrow(const Matrix::Tables* t) : table(LUT ? table16(t->narrow) : izero()) {}
+    // swapped: at an index whose third bit is the code's lowest
+    __m256i table, swapped;
+    explicit Narrow(const Matrix::Tables* t) : table(izero()), swapped(izero()) {
+      if (LUT) table = _mm256_add_epi8(table16(slim(BITS) ? t->slim : t->narrow), _mm256_set1_epi8(static_cast<char>(bias8(BITS))));
+      if constexpr (BITS == 3) {
+        swapped = _mm256_set1_epi64x(0x0705030106040200);
+        if (LUT) swapped = _mm256_shuffle_epi8(table, swapped);
+      }
+    }
     C operator()(C c) const {
       if (LUT) return _mm256_shuffle_epi8(table, c);
-      return BITS == 8 ? _mm256_xor_si256(c, _mm256_set1_epi8(-128)) : c;
+      return BITS == 8 && !kVnni ? _mm256_xor_si256(c, _mm256_set1_epi8(-128)) : c;
     }
   };
   template <int BITS, bool LUT>
   static I dot8(I acc, C w, const int8_t* x) {
     __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    if (kVnni) return tile8(acc, w, v);
     // unsigned times signed bytes: codes up to 7 bits are unsigned and fit; others give their sign away
-    if (LUT || BITS == 8) {
+    if (kSigned<BITS, LUT>) {
       v = _mm256_sign_epi8(v, w);
       w = _mm256_abs_epi8(w);
     }
@@ -171,24 +182,24 @@ struct V {
 
   // Products with one token; see simd_avx512.h. Sums of pairs stay in 16 bits as long as they fit.
   static constexpr int order(int bits) { return order_of(bits); }
-  static constexpr bool digits(int bits) { return bits < 8; }  // 8: pairs of products overflow
+  static constexpr bool digits(int bits) { return kVnni || bits < 8; }  // 8: pairs of products overflow
   template <int BITS, int FIELD>
-  static C dense_field(const C (&v)[2]) {
-    C c;
-    if constexpr (BITS == 4) c = FIELD ? _mm256_srli_epi16(v[0], 4) : v[0];
-    else c = FIELD ? _mm256_srli_epi16(v[0], 2 * FIELD) : v[0];
-    c = _mm256_and_si256(c, _mm256_set1_epi8(BITS == 4 ? 15 : 3));
-    if constexpr (BITS == 3) {
-      // v[1]: 4 bytes a unit, doubled; the upper copy one bit further
-      const C one = FIELD ? _mm256_srli_epi16(v[1], 2 * FIELD) : v[1];
-      c = _mm256_or_si256(_mm256_add_epi8(c, c), _mm256_and_si256(one, _mm256_set1_epi8(1)));
-    }
-    return c;
+  static C dense_field(C v) {
+    const C c = FIELD ? _mm256_srli_epi16(v, BITS * FIELD) : v;
+    return _mm256_and_si256(c, _mm256_set1_epi8((1 << BITS) - 1));
+  }
+  // The four fields of 3-bit codes, each in the lower half of a byte: the 2 bits of `two`, and above
+  // them the one of `one`, 4 bytes a unit, twice, the upper copy one bit further.
+  static void indices(C two, C one, C (&out)[4]) {
+    const C twos = _mm256_set1_epi8(0x33), ones = _mm256_set1_epi8(0x44);
+    out[0] = _mm256_or_si256(_mm256_and_si256(two, twos), _mm256_and_si256(_mm256_slli_epi16(one, 2), ones));
+    out[1] = _mm256_or_si256(_mm256_and_si256(_mm256_srli_epi16(two, 2), twos), _mm256_and_si256(one, ones));
+    out[2] = _mm256_srli_epi16(out[0], 4), out[3] = _mm256_srli_epi16(out[1], 4);
   }
   template <int BITS, bool LUT>
   static I pairs(C w, const int8_t* x) {
     __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    if (LUT || BITS == 8) {  // see dot8
+    if (kSigned<BITS, LUT>) {  // see dot8
       v = _mm256_sign_epi8(v, w);
       w = _mm256_abs_epi8(w);
     }
@@ -198,35 +209,34 @@ struct V {
   static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
                 const int8_t* low) {
     constexpr int kVectors = order(BITS) == 2 ? 4 : 2;
-    // sums of so many pairs fit in 16 bits
-    constexpr int kFit = LUT || BITS > 6 ? 1 : BITS == 6 ? 2 : 4;
-    C v[2];
-    if constexpr (BITS == 4) {
-      v[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[0] + unit * 16));
-    } else if constexpr (BITS < 4) {
-      v[0] = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[0] + unit * 8));
-    }
-    if constexpr (BITS == 3) {
-      const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes[1] + unit * 4));
-      v[1] = _mm256_srlv_epi32(_mm256_permutevar8x32_epi32(_mm256_castsi128_si256(raw),
-                                                           _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3)),
-                               _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1));
-    }
+    constexpr int kFit = LUT && !slim(BITS) ? 1 : pair_steps(BITS, LUT) < 4 ? pair_steps(BITS, LUT) : 4;
     C w[kVectors];
     if constexpr (order(BITS) == 0) {
-      w[0] = unpack<BITS, false>(planes, unit), w[1] = unpack<BITS, false>(planes, unit + 1);
+      w[0] = recode(unpack<BITS, false>(planes, unit)), w[1] = recode(unpack<BITS, false>(planes, unit + 1));
     } else {
-      w[0] = dense_field<BITS, 0>(v), w[1] = dense_field<BITS, 1>(v);
-      if constexpr (kVectors == 4) w[2] = dense_field<BITS, 2>(v), w[3] = dense_field<BITS, 3>(v);
+      const C v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(planes[0] + unit * (BITS == 4 ? 16 : 8)));
+      if constexpr (BITS == 3) {
+        const __m128i raw = _mm_loadu_si128(reinterpret_cast<const __m128i*>(planes[1] + unit * 4));
+        const C twice = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(raw), _mm256_setr_epi32(0, 0, 1, 1, 2, 2, 3, 3));
+        indices(v, _mm256_srlv_epi32(twice, _mm256_setr_epi32(0, 1, 0, 1, 0, 1, 0, 1)), w);
+        KBIT_UNROLL
+        for (int i = 0; i < 4; ++i) w[i] = _mm256_shuffle_epi8(recode.swapped, w[i]);
+      } else {
+        w[0] = recode(dense_field<BITS, 0>(v)), w[1] = recode(dense_field<BITS, 1>(v));
+        if constexpr (kVectors == 4) w[2] = recode(dense_field<BITS, 2>(v)), w[3] = recode(dense_field<BITS, 3>(v));
+      }
     }
-    KBIT_UNROLL
-    for (int i = 0; i < kVectors; ++i) w[i] = recode(w[i]);
     I dot = pair_sums<BITS, LUT, kFit>(w, x);
     return DIGITS ? iadd(times256(dot), pair_sums<BITS, LUT, kFit>(w, low)) : dot;
   }
   template <int BITS, bool LUT, int FIT, int VECTORS>
   static I pair_sums(const C (&w)[VECTORS], const int8_t* x) {
-    I total;
+    I total = izero();
+    if constexpr (kVnni) {
+      KBIT_UNROLL
+      for (int i = 0; i < VECTORS; ++i) total = dot8<BITS, LUT>(total, w[i], x + 32 * i);
+      return total;
+    }
     KBIT_UNROLL
     for (int i = 0; i < VECTORS; i += FIT) {
       I sum = pairs<BITS, LUT>(w[i], x + 32 * i);
@@ -302,8 +312,7 @@ struct V {
     }
   };
   static I dot16(I acc, H w, const int16_t* x) {
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    return _mm256_add_epi32(acc, _mm256_madd_epi16(w, v));
+    return tile16(acc, w, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
   }
 
   template <int BITS, bool LUT>
@@ -361,29 +370,43 @@ struct V {
     }
   }
 
-  static I tile16(I acc, const int16_t* w, const int16_t* x) {
+  static I broadcast(const void* p) {
     int32_t word;
-    __builtin_memcpy(&word, x, 4);
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), b = _mm256_set1_epi32(word);
-    // as intrinsics, gcc computes all products first and then spills sums: twice as slow
-    __m256i products;
-    asm("vpmaddwd %[b], %[v], %[products]\n\tvpaddd %[products], %[acc], %[acc]"
+    __builtin_memcpy(&word, p, 4);
+    return _mm256_set1_epi32(word);
+  }
+  // As intrinsics, gcc computes all products first and then spills sums, or copies them: twice as slow.
+  static I tile16(I acc, I w, I x) {
+    if constexpr (kVnni) {
+      asm("%{vex%} vpdpwssd %[x], %[w], %[acc]" : [acc] "+x"(acc) : [w] "x"(w), [x] "x"(x));
+      return acc;
+    }
+    I products;
+    asm("vpmaddwd %[x], %[w], %[products]\n\tvpaddd %[products], %[acc], %[acc]"
         : [acc] "+x"(acc), [products] "=&x"(products)
-        : [v] "x"(v), [b] "x"(b));
+        : [w] "x"(w), [x] "x"(x));
     return acc;
   }
-  static I tile8(I acc, const uint8_t* w, const int8_t* x) {
-    int32_t word;
-    __builtin_memcpy(&word, x, 4);
-    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(w)), b = _mm256_set1_epi32(word);
-    __m256i products;
-    asm("vpmaddubsw %[b], %[v], %[products]\n\tvpaddw %[products], %[acc], %[acc]"
+  static I tile8(I acc, I w, I x) {
+    if constexpr (kVnni) {
+      asm("%{vex%} vpdpbusd %[x], %[w], %[acc]" : [acc] "+x"(acc) : [w] "x"(w), [x] "x"(x));
+      return acc;
+    }
+    I products;
+    asm("vpmaddubsw %[x], %[w], %[products]\n\tvpaddw %[products], %[acc], %[acc]"
         : [acc] "+x"(acc), [products] "=&x"(products)
-        : [v] "x"(v), [b] "x"(b));
+        : [w] "x"(w), [x] "x"(x));
     return acc;
   }
+  static I single8(I acc, I w, I x) {
+    if constexpr (kVnni) return tile8(acc, w, x);
+    I products;
+    asm("vpmaddubsw %[x], %[w], %[products]\n\tvpmaddwd %[ones], %[products], %[products]\n\tvpaddd %[products], %[acc], %[acc]"
+        : [acc] "+x"(acc), [products] "=&x"(products)
+        : [w] "x"(w), [x] "x"(x), [ones] "x"(_mm256_set1_epi16(1)));
+    return acc;
+  }
+  // Pairs of products without a sum.
+  static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
   static I widen_pairs(I a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 };
-
-}  // namespace avx2
-}  // namespace kbit

@@ -14,10 +14,11 @@ struct V {
   static constexpr int kFloats = 16, kCodes = 64;
   static constexpr int kTileVectors = 2;
   static constexpr int tokens(int width) { return width == 32 ? 8 : 6; }
+  static constexpr int tile_columns(int width) { return width == 32 ? 256 : width == 16 ? 640 : 1024; }
   static constexpr int kByteBits = 8;
-  static constexpr bool kByteCodebooks = true;
+  static constexpr int kByteCodebookBits = 4;
   static constexpr bool kPairSums = false;
-  static constexpr int pair_steps(int) { return 1; }
+  static constexpr int pair_steps(int, bool) { return 1; }
   static constexpr bool kCompact = kCompactBuild;
 
   typedef __m512 F;
@@ -27,6 +28,7 @@ struct V {
 
   static F set1(float a) { return _mm512_set1_ps(a); }
   static F zero() { return _mm512_setzero_ps(); }
+  static I iset1(int32_t a) { return _mm512_set1_epi32(a); }
   static I izero() { return _mm512_setzero_si512(); }
   static F load(const float* p) { return _mm512_loadu_ps(p); }
   static void store(float* p, F a) { _mm512_storeu_ps(p, a); }
@@ -155,7 +157,8 @@ struct V {
   }
 
   static constexpr int center8(int) { return 0; }
-  static constexpr int kBias8 = 128;  // tables hold value + 128, because vpdpbusd takes unsigned bytes
+  static constexpr bool slim(int) { return false; }
+  static constexpr int bias8(int) { return 128; }  // tables hold value + 128, because vpdpbusd takes unsigned bytes
   // Which code byte i of an index names in FIELD of a chunk; see `indices`.
   template <int BITS, int FIELD>
   struct FieldCodes {
@@ -465,13 +468,18 @@ struct V {
     __builtin_memcpy(&word, x, 4);
     return _mm512_set1_epi32(word);
   }
-  static I tile16(I acc, const int16_t* w, const int16_t* x) {
-    return _mm512_dpwssd_epi32(acc, _mm512_loadu_si512(w), broadcast(x));
+  // As intrinsics, gcc copies a sum before each product.
+  static I tile16(I acc, I w, I x) {
+    asm("vpdpwssd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));
+    return acc;
   }
+  static I tile8(I acc, I w, I x) {
+    asm("vpdpbusd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));
+    return acc;
+  }
+  static I single8(I acc, I w, I x) { return tile8(acc, w, x); }
+  static I pair8(I, I) { return izero(); }
   static I widen_pairs(I a) { return a; }
-  static I tile8(I acc, const uint8_t* w, const int8_t* x) {
-    return _mm512_dpbusd_epi32(acc, _mm512_loadu_si512(w), broadcast(x));
-  }
 };
 
 }  // namespace avx512

@@ -4,7 +4,7 @@
 //   F, I, C, H    kFloats fp32; kFloats int32; kCodes bytes; 2 * kFloats int16
 //   unpack        one C of codes in natural order from the planes of a row; TAIL: only the first
 //                 32 of them exist in memory
-//   narrow        codes -> 8-bit weights, center8 or kBias8 beside their value, and dot8 with int8
+//   narrow        codes -> 8-bit weights, center8 or bias8 beside their value, and dot8 with int8
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
@@ -25,10 +25,11 @@ struct V {
   static constexpr int kFloats = 4, kCodes = 32;
   static constexpr int kTileVectors = 2;
   static constexpr int tokens(int) { return 4; }
+  static constexpr int tile_columns(int width) { return width == 32 ? 256 : 512; }
   static constexpr int kByteBits = 0;  // bits of codes that tile8 takes
-  static constexpr bool kByteCodebooks = false;
+  static constexpr int kByteCodebookBits = 0;
   static constexpr bool kPairSums = false;  // tile8 sums pairs in 16 bits, of so many steps:
-  static constexpr int pair_steps(int) { return 1; }
+  static constexpr int pair_steps(int, bool) { return 1; }
   static constexpr bool kCompact = true;  // fewer, slower variants of a kernel: less to compile
 
   typedef float F __attribute__((vector_size(16)));
@@ -38,6 +39,7 @@ struct V {
 
   static F set1(float a) { return F{a, a, a, a}; }
   static F zero() { return set1(0); }
+  static I iset1(int32_t a) { return I{a, a, a, a}; }
   static I izero() { return I{0, 0, 0, 0}; }
   static F load(const float* p) { F a; std::memcpy(&a, p, sizeof a); return a; }
   static void store(float* p, F a) { std::memcpy(p, &a, sizeof a); }
@@ -143,7 +145,8 @@ struct V {
   }
 
   static constexpr int center8(int bits) { return 1 << (bits - 1); }
-  static constexpr int kBias8 = 0;
+  static constexpr bool slim(int) { return false; }  // whether a codebook's bytes are Tables::slim
+  static constexpr int bias8(int) { return 0; }
   template <int BITS, bool LUT>
   struct Narrow {
     const int8_t* table;
@@ -213,11 +216,21 @@ struct V {
       for (int j = 0; j < 4; ++j) out[i * out_stride + j] = in[j * in_stride + i];
     }
   }
-  // acc += the products of 2 int16 (tile8: 4 bytes) of each lane of w with those at x.
-  static I tile8(I acc, const uint8_t*, const int8_t*) { return acc; }  // kByteBits is 0
+  static I broadcast(const void* p) {
+    int32_t word;
+    std::memcpy(&word, p, 4);
+    return I{word, word, word, word};
+  }
+  // acc += the products of 2 int16 (tile8: 4 bytes) of each lane of w with those of x.
+  static I tile8(I acc, I, I) { return acc; }  // kByteBits is 0
+  static I single8(I acc, I w, I x) { return tile8(acc, w, x); }
+  static I pair8(I, I) { return izero(); }
   static I widen_pairs(I a) { return a; }
-  static I tile16(I acc, const int16_t* w, const int16_t* x) {
-    for (int lane = 0; lane < 4; ++lane) acc[lane] += w[2 * lane] * x[0] + w[2 * lane + 1] * x[1];
+  static I tile16(I acc, I w, I x) {
+    int16_t a[8], b[8];
+    std::memcpy(a, &w, sizeof a);
+    std::memcpy(b, &x, sizeof b);
+    for (int lane = 0; lane < 4; ++lane) acc[lane] += a[2 * lane] * b[2 * lane] + a[2 * lane + 1] * b[2 * lane + 1];
     return acc;
   }
 };

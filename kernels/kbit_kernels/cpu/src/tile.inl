@@ -119,11 +119,13 @@ struct Tile {
   using E = Element<WIDTH>;
   using X = std::conditional_t<WIDTH == 8, int8_t, E>;
   static constexpr int kWord = 32 / WIDTH;  // elements of a 32-bit lane
-  static constexpr int kColumns = WIDTH == 32 ? 256 : 512;
+  static constexpr int kV = V::kTileVectors;
+  static constexpr int kColumns = V::tile_columns(WIDTH);
 
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
   alignas(64) E staged[kTileRows][kColumns];
+  int32_t center;
 
   void transpose(int columns) {
     const auto* in = reinterpret_cast<const uint32_t*>(staged);
@@ -149,7 +151,7 @@ struct Tile {
         row_scales(m, row, static_cast<int>(column / m.step), blocks, meant, s, o);
         for (int b = 0; b < blocks; ++b) {
           scale[b][r] = s[b];
-          offset[b][r] = meant.offset ? o[b] : 0;
+          if (m.tensor.zeros || m.tensor.means) offset[b][r] = o[b];
         }
       }
     }
@@ -170,11 +172,25 @@ struct Tile {
     transpose((columns + V::kFloats - 1) / V::kFloats * V::kFloats);
   }
 
-  // y += the tile times tokens [token, token + T), x from the tile's first column on.
-  template <int T>
+  // f(t, v, weights, x) on the sums of column k's word: vectors of rows, and tokens' values broadcast.
+  template <int T, class F>
+  static inline __attribute__((always_inline)) void at_column(const E* w, const X* const (&x)[T], int k, F f) {
+    V::I lanes[kV];
+    KBIT_UNROLL
+    for (int v = 0; v < kV; ++v) std::memcpy(&lanes[v], w + k * kTileRows + v * V::kFloats * kWord, sizeof lanes[v]);
+    KBIT_UNROLL
+    for (int t = 0; t < T; ++t) {
+      const V::I word = V::broadcast(x[t] + k);
+      KBIT_UNROLL
+      for (int v = 0; v < kV; ++v) f(t, v, lanes[v], word);
+    }
+  }
+
+  // y += the tile times tokens [token, token + T), x from the tile's first column on. OFFSETS: what is
+  // added to a weight differs from block to block; else it is `center`, which the sums begin with.
+  template <int T, bool OFFSETS>
   void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
                int columns, float* y, int64_t stride, int rows, bool fresh) const {
-    constexpr int kV = V::kTileVectors;
     V::F acc[T][kV];
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -190,8 +206,8 @@ struct Tile {
     const X* at[T];
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) at[t] = x + (token + t) * x_stride;
-    const E* w = weights;
     if constexpr (WIDTH == 32) {
+      const E* w = weights;
       for (int k = 0; k < columns; ++k, w += kTileRows) {
         V::F lanes[kV];
         KBIT_UNROLL
@@ -206,58 +222,48 @@ struct Tile {
     } else {
       const int step = in.matrix->step;
       const int64_t first = token * in.blocks + block;
+      // how many columns' pairs of products are summed in 16 bits before they are in 32
+      const int pairs = least(V::pair_steps(in.matrix->tensor.bits, in.matrix->tensor.storage == kCodebook), step / kWord);
       for (int b = 0; b * step < columns; ++b) {
         V::I dot[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
+          const V::I begin = OFFSETS ? V::izero() : V::iset1(center * in.totals[first + t * in.blocks + b]);
           KBIT_UNROLL
-          for (int v = 0; v < kV; ++v) dot[t][v] = V::izero();
+          for (int v = 0; v < kV; ++v) dot[t][v] = begin;
         }
-        if constexpr (WIDTH == 8 && V::kPairSums) {
-          // sums of 16 bits, of as many steps as fit
-          const int run = least(V::pair_steps(in.matrix->tensor.bits), step / kWord);
-          for (int k = b * step; k < (b + 1) * step; k += run * kWord) {
-            V::I pairs[T][kV];
-            KBIT_UNROLL
-            for (int t = 0; t < T; ++t) {
-              KBIT_UNROLL
-              for (int v = 0; v < kV; ++v) pairs[t][v] = V::izero();
-            }
-            for (int i = k; i < k + run * kWord; i += kWord, w += kTileRows * kWord) {
-              KBIT_UNROLL
-              for (int t = 0; t < T; ++t) {
-                KBIT_UNROLL
-                for (int v = 0; v < kV; ++v) {
-                  pairs[t][v] = V::tile8(pairs[t][v], w + v * V::kFloats * kWord, at[t] + i);
-                }
-              }
+        const int begin = b * step, end = begin + step;
+        if constexpr (WIDTH == 16) {
+          for (int k = begin; k < end; k += kWord) {
+            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { dot[t][v] = V::tile16(dot[t][v], w, word); });
+          }
+        } else if (V::kPairSums && pairs > 1) {
+          for (int k = begin; k < end; k += pairs * kWord) {
+            V::I sum[T][kV];
+            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { sum[t][v] = V::pair8(w, word); });
+            for (int i = 1; i < pairs; ++i) {
+              at_column<T>(weights, at, k + i * kWord, [&](int t, int v, V::I w, V::I word) { sum[t][v] = V::tile8(sum[t][v], w, word); });
             }
             KBIT_UNROLL
             for (int t = 0; t < T; ++t) {
               KBIT_UNROLL
-              for (int v = 0; v < kV; ++v) dot[t][v] = V::iadd(dot[t][v], V::widen_pairs(pairs[t][v]));
+              for (int v = 0; v < kV; ++v) dot[t][v] = V::iadd(dot[t][v], V::widen_pairs(sum[t][v]));
             }
           }
-        }
-        else for (int k = b * step; k < (b + 1) * step; k += kWord, w += kTileRows * kWord) {
-          KBIT_UNROLL
-          for (int t = 0; t < T; ++t) {
-            KBIT_UNROLL
-            for (int v = 0; v < kV; ++v) {
-              if constexpr (WIDTH == 8) dot[t][v] = V::tile8(dot[t][v], w + v * V::kFloats * kWord, at[t] + k);
-              else dot[t][v] = V::tile16(dot[t][v], w + v * V::kFloats * kWord, at[t] + k);
-            }
+        } else {
+          for (int k = begin; k < end; k += kWord) {
+            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { dot[t][v] = V::single8(dot[t][v], w, word); });
           }
         }
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
           const V::F s = V::set1(in.scales[first + t * in.blocks + b]);
-          const V::F sum = V::set1(in.sums[first + t * in.blocks + b]);
+          const V::F sum = OFFSETS ? V::set1(in.sums[first + t * in.blocks + b]) : V::zero();
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) {
             const V::F both = V::mul(V::load(scale[b] + v * V::kFloats), s);
             acc[t][v] = V::fma(V::to_float(dot[t][v]), both, acc[t][v]);
-            acc[t][v] = V::fma(V::load(offset[b] + v * V::kFloats), sum, acc[t][v]);
+            if constexpr (OFFSETS) acc[t][v] = V::fma(V::load(offset[b] + v * V::kFloats), sum, acc[t][v]);
           }
         }
       }
@@ -274,14 +280,14 @@ struct Tile {
     }
   }
 
-  template <int T>
+  template <int T, bool OFFSETS>
   void products(const Input& in, const X* x, int64_t x_stride, int64_t block, int columns, float* y,
                 int64_t stride, int rows, bool fresh, int64_t token) const {
     for (; token + T <= in.tokens; token += T) {
-      product<T>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
+      product<T, OFFSETS>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
     }
     if constexpr (T > 1) {
-      products<T == 6 ? 4 : T / 2>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
+      products<T == 6 ? 4 : T / 2, OFFSETS>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
     }
   }
 
@@ -290,15 +296,19 @@ struct Tile {
     Tile tile;
     const Decode<WIDTH> decode = decode_of<WIDTH>(m);
     const Meaning meant = meaning(WIDTH, m);
+    tile.center = static_cast<int32_t>(meant.center);
+    const auto products = WIDTH != 32 && (m.tensor.zeros || m.tensor.means) ? &Tile::template products<V::tokens(WIDTH), true>
+                                                      : &Tile::template products<V::tokens(WIDTH), false>;
     const int64_t cols = m.tensor.cols;
+    const int64_t stretches = (cols + kColumns - 1) / kColumns;  // of about the same size
+    const int64_t most = ((cols + stretches - 1) / stretches + kStep - 1) / kStep * kStep;
     for (int64_t n = begin; n < end; n += kTileRows) {
       const int rows = static_cast<int>(least<int64_t>(kTileRows, end - n));
-      for (int64_t column = 0; column < cols; column += kColumns) {
-        const int columns = static_cast<int>(least<int64_t>(kColumns, cols - column));
+      for (int64_t column = 0; column < cols; column += most) {
+        const int columns = static_cast<int>(least<int64_t>(most, cols - column));
         tile.fill(m, decode, meant, n, rows, column, columns);
-        tile.template products<V::tokens(WIDTH)>(in, static_cast<const X*>(in.values) + column, in.padded,
-                                               column / m.step, columns, y + n, stride, rows,
-                                               column == 0, 0);
+        (tile.*products)(in, static_cast<const X*>(in.values) + column, in.padded, column / m.step,
+                         columns, y + n, stride, rows, column == 0, 0);
       }
       if constexpr (WIDTH == 32) add_outliers(tile, m, in, y + n, stride, n, rows);
     }
@@ -320,7 +330,7 @@ struct Tile {
     for (int j = 0; j < m.tensor.n_outliers; j += Tile<32>::kColumns) {
       const int columns = least(Tile<32>::kColumns, m.tensor.n_outliers - j);
       tile.fill_outliers(m, first, rows, j, columns);
-      tile.template products<V::tokens(32)>(in, in.outliers + j, m.tensor.n_outliers, 0, columns, y,
+      tile.template products<V::tokens(32), false>(in, in.outliers + j, m.tensor.n_outliers, 0, columns, y,
                                              stride, rows, false, 0);
     }
   }
