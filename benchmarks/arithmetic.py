@@ -1,11 +1,13 @@
 """Which arithmetic generation may use: what rounding the inputs adds to what the bits cost.
 
     python benchmarks/arithmetic.py NAME MODEL TEXT [--windows 16] [--context 256] [--bits 8 .. 2]
+        [--isa avx2]
 
 Each width is `kbit quantize MODEL --bits k` with kbit's defaults. KL divergence of the native
 executor to the unquantized model with each arithmetic on the same tokens,
 apart for those read as a prompt and those decoded step by step, since the two take different
-paths through the kernels. Writes results/arithmetic-NAME.json.
+paths through the kernels. Writes results/arithmetic-NAME.json, or arithmetic-NAME-ISA.json for an
+instruction set other than this machine's fastest.
 """
 
 import argparse
@@ -71,6 +73,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--bits", type=int, nargs="+", default=[8, 7, 6, 5, 4, 3, 2])
+    parser.add_argument("--isa")
     args = parser.parse_args()
     base = open_checkpoint(args.model)
     ids = Tokenizer.load(base.path, base.config).encode(args.text.read_text(encoding="utf-8"))
@@ -83,7 +86,8 @@ def main() -> None:
             written = kbit.quantize(args.model, Path(scratch) / str(bits), bits=bits)
             checkpoint = open_checkpoint(written.path)
             executors = [
-                load_executor(checkpoint, "native", arithmetic=name) for name in ARITHMETICS
+                load_executor(checkpoint, "native", arithmetic=name, isa=args.isa)
+                for name in ARITHMETICS
             ]
             kl: dict[str, list[np.ndarray]] = {name: [] for name in ARITHMETICS}
             for start in range(0, len(windows), TOGETHER):
@@ -99,15 +103,15 @@ def main() -> None:
     command = (
         f"python benchmarks/arithmetic.py {args.name} MODEL {args.text.name}"
         f" --windows {args.windows} --context {args.context}"
-    )
+    ) + (f" --isa {args.isa}" if args.isa else "")
     save(
-        f"arithmetic-{args.name}",
+        f"arithmetic-{args.name}" + (f"-{args.isa}" if args.isa else ""),
         command,
         {
             "model": args.name,
             "text": args.text.name,
             "tokens": windows.size,
-            "isa": reference.isa,  # type: ignore[attr-defined]
+            "isa": args.isa or reference.isa,  # type: ignore[attr-defined]
             "rows": rows,
         },
     )
