@@ -10,7 +10,7 @@ struct V {
   static constexpr int kByteCodebookBits = kVnni ? 4 : 3;
   static constexpr bool kPairSums = !kVnni;
   // How many pairs of products of codes, or of values of a slim codebook, 16 bits hold.
-  static constexpr int pair_steps(int bits, bool codebook) {
+  static constexpr int pair_words(int bits, bool codebook) {
     if (codebook) return bits == 2 ? 2 : 1;
     return bits >= 7 ? 1 : bits == 6 ? 2 : bits == 5 ? 4 : 8;
   }
@@ -209,7 +209,7 @@ struct V {
   static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
                 const int8_t* low) {
     constexpr int kVectors = order(BITS) == 2 ? 4 : 2;
-    constexpr int kFit = LUT && !slim(BITS) ? 1 : pair_steps(BITS, LUT) < 4 ? pair_steps(BITS, LUT) : 4;
+    constexpr int kFit = LUT && !slim(BITS) ? 1 : pair_words(BITS, LUT) < 4 ? pair_words(BITS, LUT) : 4;
     C w[kVectors];
     if constexpr (order(BITS) == 0) {
       w[0] = recode(unpack<BITS, false>(planes, unit)), w[1] = recode(unpack<BITS, false>(planes, unit + 1));
@@ -393,20 +393,19 @@ struct V {
       return acc;
     }
     I products;
+    asm("vpmaddubsw %[x], %[w], %[products]\n\tvpmaddwd %[ones], %[products], %[products]\n\t"
+        "vpaddd %[products], %[acc], %[acc]"
+        : [acc] "+x"(acc), [products] "=&x"(products)
+        : [w] "x"(w), [x] "x"(x), [ones] "x"(_mm256_set1_epi16(1)));
+    return acc;
+  }
+  static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
+  static I add_pair8(I acc, I w, I x) {
+    I products;
     asm("vpmaddubsw %[x], %[w], %[products]\n\tvpaddw %[products], %[acc], %[acc]"
         : [acc] "+x"(acc), [products] "=&x"(products)
         : [w] "x"(w), [x] "x"(x));
     return acc;
   }
-  static I single8(I acc, I w, I x) {
-    if constexpr (kVnni) return tile8(acc, w, x);
-    I products;
-    asm("vpmaddubsw %[x], %[w], %[products]\n\tvpmaddwd %[ones], %[products], %[products]\n\tvpaddd %[products], %[acc], %[acc]"
-        : [acc] "+x"(acc), [products] "=&x"(products)
-        : [w] "x"(w), [x] "x"(x), [ones] "x"(_mm256_set1_epi16(1)));
-    return acc;
-  }
-  // Pairs of products without a sum.
-  static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
   static I widen_pairs(I a) { return _mm256_madd_epi16(a, _mm256_set1_epi16(1)); }
 };

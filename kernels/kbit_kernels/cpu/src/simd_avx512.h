@@ -18,7 +18,7 @@ struct V {
   static constexpr int kByteBits = 8;
   static constexpr int kByteCodebookBits = 4;
   static constexpr bool kPairSums = false;
-  static constexpr int pair_steps(int, bool) { return 1; }
+  static constexpr int pair_words(int, bool) { return 1; }
   static constexpr bool kCompact = kCompactBuild;
 
   typedef __m512 F;
@@ -477,8 +477,8 @@ struct V {
     asm("vpdpbusd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));
     return acc;
   }
-  static I single8(I acc, I w, I x) { return tile8(acc, w, x); }
   static I pair8(I, I) { return izero(); }
+  static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
 };
 

@@ -7,6 +7,7 @@
 //   narrow        codes -> 8-bit weights, center8 or bias8 beside their value, and dot8 with int8
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
+//   tile16, tile8 sums of 32-bit lanes += 2 columns (tile8: 4) of vectors of rows times a token's
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
 //                 bytes; chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
 // A lane of dot8 sums kCodes / kFloats neighbouring columns, a lane of dot16 sums 2.
@@ -28,8 +29,9 @@ struct V {
   static constexpr int tile_columns(int width) { return width == 32 ? 256 : 512; }
   static constexpr int kByteBits = 0;  // bits of codes that tile8 takes
   static constexpr int kByteCodebookBits = 0;
-  static constexpr bool kPairSums = false;  // tile8 sums pairs in 16 bits, of so many steps:
-  static constexpr int pair_steps(int, bool) { return 1; }
+  // Whether add_pair8, on what pair8 makes, sums pairs in 16 bits, which hold those of pair_words words.
+  static constexpr bool kPairSums = false;
+  static constexpr int pair_words(int, bool) { return 1; }
   static constexpr bool kCompact = true;  // fewer, slower variants of a kernel: less to compile
 
   typedef float F __attribute__((vector_size(16)));
@@ -221,10 +223,9 @@ struct V {
     std::memcpy(&word, p, 4);
     return I{word, word, word, word};
   }
-  // acc += the products of 2 int16 (tile8: 4 bytes) of each lane of w with those of x.
   static I tile8(I acc, I, I) { return acc; }  // kByteBits is 0
-  static I single8(I acc, I w, I x) { return tile8(acc, w, x); }
   static I pair8(I, I) { return izero(); }
+  static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
   static I tile16(I acc, I w, I x) {
     int16_t a[8], b[8];

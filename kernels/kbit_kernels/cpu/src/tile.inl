@@ -125,7 +125,7 @@ struct Tile {
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
   alignas(64) E staged[kTileRows][kColumns];
-  int32_t center;
+  int32_t center;  // what made codes lack, where it is the same in all blocks
 
   void transpose(int columns) {
     const auto* in = reinterpret_cast<const uint32_t*>(staged);
@@ -172,17 +172,43 @@ struct Tile {
     transpose((columns + V::kFloats - 1) / V::kFloats * V::kFloats);
   }
 
-  // f(t, v, weights, x) on the sums of column k's word: vectors of rows, and tokens' values broadcast.
+  // sums[t][v] = f(sums[t][v], rows of vector v, token t's values) at the word of column k.
   template <int T, class F>
-  static inline __attribute__((always_inline)) void at_column(const E* w, const X* const (&x)[T], int k, F f) {
+  static inline __attribute__((always_inline)) void at_word(const E* weights, const X* const (&x)[T], int k,
+                                                            V::I (&sums)[T][kV], F f) {
     V::I lanes[kV];
     KBIT_UNROLL
-    for (int v = 0; v < kV; ++v) std::memcpy(&lanes[v], w + k * kTileRows + v * V::kFloats * kWord, sizeof lanes[v]);
+    for (int v = 0; v < kV; ++v) {
+      std::memcpy(&lanes[v], weights + k * kTileRows + v * V::kFloats * kWord, sizeof lanes[v]);
+    }
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) {
       const V::I word = V::broadcast(x[t] + k);
       KBIT_UNROLL
-      for (int v = 0; v < kV; ++v) f(t, v, lanes[v], word);
+      for (int v = 0; v < kV; ++v) sums[t][v] = f(sums[t][v], lanes[v], word);
+    }
+  }
+
+  // dot += columns [begin, end) times T tokens. pairs: of so many words, pairs of products are summed
+  // in 16 bits before they are in 32.
+  template <int T>
+  static inline __attribute__((always_inline)) void dots(const E* weights, const X* const (&x)[T], int begin,
+                                                         int end, int pairs, V::I (&dot)[T][kV]) {
+    if constexpr (WIDTH == 16) {
+      for (int k = begin; k < end; k += kWord) at_word<T>(weights, x, k, dot, V::tile16);
+    } else if (V::kPairSums && pairs > 1) {
+      for (int k = begin; k < end; k += pairs * kWord) {
+        V::I sums[T][kV];
+        at_word<T>(weights, x, k, sums, [](V::I, V::I w, V::I word) { return V::pair8(w, word); });
+        for (int i = 1; i < pairs; ++i) at_word<T>(weights, x, k + i * kWord, sums, V::add_pair8);
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) dot[t][v] = V::iadd(dot[t][v], V::widen_pairs(sums[t][v]));
+        }
+      }
+    } else {
+      for (int k = begin; k < end; k += kWord) at_word<T>(weights, x, k, dot, V::tile8);
     }
   }
 
@@ -222,8 +248,8 @@ struct Tile {
     } else {
       const int step = in.matrix->step;
       const int64_t first = token * in.blocks + block;
-      // how many columns' pairs of products are summed in 16 bits before they are in 32
-      const int pairs = least(V::pair_steps(in.matrix->tensor.bits, in.matrix->tensor.storage == kCodebook), step / kWord);
+      const Tensor& tensor = in.matrix->tensor;
+      const int pairs = least(V::pair_words(tensor.bits, tensor.storage == kCodebook), step / kWord);
       for (int b = 0; b * step < columns; ++b) {
         V::I dot[T][kV];
         KBIT_UNROLL
@@ -232,29 +258,7 @@ struct Tile {
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) dot[t][v] = begin;
         }
-        const int begin = b * step, end = begin + step;
-        if constexpr (WIDTH == 16) {
-          for (int k = begin; k < end; k += kWord) {
-            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { dot[t][v] = V::tile16(dot[t][v], w, word); });
-          }
-        } else if (V::kPairSums && pairs > 1) {
-          for (int k = begin; k < end; k += pairs * kWord) {
-            V::I sum[T][kV];
-            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { sum[t][v] = V::pair8(w, word); });
-            for (int i = 1; i < pairs; ++i) {
-              at_column<T>(weights, at, k + i * kWord, [&](int t, int v, V::I w, V::I word) { sum[t][v] = V::tile8(sum[t][v], w, word); });
-            }
-            KBIT_UNROLL
-            for (int t = 0; t < T; ++t) {
-              KBIT_UNROLL
-              for (int v = 0; v < kV; ++v) dot[t][v] = V::iadd(dot[t][v], V::widen_pairs(sum[t][v]));
-            }
-          }
-        } else {
-          for (int k = begin; k < end; k += kWord) {
-            at_column<T>(weights, at, k, [&](int t, int v, V::I w, V::I word) { dot[t][v] = V::single8(dot[t][v], w, word); });
-          }
-        }
+        dots<T>(weights, at, b * step, (b + 1) * step, pairs, dot);
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
           const V::F s = V::set1(in.scales[first + t * in.blocks + b]);
@@ -297,8 +301,9 @@ struct Tile {
     const Decode<WIDTH> decode = decode_of<WIDTH>(m);
     const Meaning meant = meaning(WIDTH, m);
     tile.center = static_cast<int32_t>(meant.center);
-    const auto products = WIDTH != 32 && (m.tensor.zeros || m.tensor.means) ? &Tile::template products<V::tokens(WIDTH), true>
-                                                      : &Tile::template products<V::tokens(WIDTH), false>;
+    constexpr int kTokens = V::tokens(WIDTH);
+    const auto products = WIDTH != 32 && (m.tensor.zeros || m.tensor.means) ? &Tile::template products<kTokens, true>
+                                                                            : &Tile::template products<kTokens, false>;
     const int64_t cols = m.tensor.cols;
     const int64_t stretches = (cols + kColumns - 1) / kColumns;  // of about the same size
     const int64_t most = ((cols + stretches - 1) / stretches + kStep - 1) / kStep * kStep;
