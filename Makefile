@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/kbit_kernels/cpu/src/*)
 # The parts of `make bench`; each writes its section of benchmarks/results/MACHINE.json.
-BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-llama
+BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-llama bench-sets
 
 .PHONY: help install demo test lint format study books bench $(BENCHES) bench-models clean
 
@@ -48,6 +48,11 @@ $(VENV)/bench: $(VENV)/test
 	    $(INSTALL) -e '.[bench]'
 	@touch $@
 
+# llama.cpp's libraries for every processor, for benchmarks/instruction_sets.py.
+$(VENV)/variants: $(VENV)/bench
+	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
+	    $(INSTALL) --no-deps --no-cache-dir --no-binary llama-cpp-python --target $@ llama-cpp-python
+
 bench: $(BENCHES)  ## CPU speed, memory, start beside llama.cpp and others; README's table and plot
 	$(BIN)/python benchmarks/plot.py
 	$(BIN)/python benchmarks/readme.py
@@ -66,6 +71,9 @@ bench-smollm2: bench-models
 
 bench-llama: bench-models
 	$(BIN)/python benchmarks/decode.py llama-1b
+
+bench-sets: bench-models $(VENV)/variants
+	$(BIN)/python benchmarks/instruction_sets.py
 
 SHARED ?= ../shared
 TEXTS ?= $(wildcard $(SHARED)/data/books/train-0*.txt)

@@ -1,6 +1,6 @@
 """Holds the native executor to the torch executor on one checkpoint; prints JSON.
 
-    python benchmarks/correct.py CHECKPOINT THREADS TOKENS
+    python benchmarks/correct.py CHECKPOINT THREADS TOKENS [ISA]
 
 Logits of 64 tokens read as a prompt, and a greedy text of so many tokens through the cache. Exits
 with a sentence where `float` differs by more than 1e-3 of the largest logit or writes another text,
@@ -36,7 +36,9 @@ def some_ids(checkpoint: Checkpoint, count: int) -> np.ndarray:
     return Tokenizer.load(checkpoint.path, checkpoint.config).encode(text)[:count]
 
 
-def check(path: str, threads: int, tokens: int) -> dict[str, dict[str, float]]:
+def check(
+    path: str, threads: int, tokens: int, isa: str | None = None
+) -> dict[str, dict[str, float]]:
     """By arithmetic: largest and mean difference of logits, divergence, length of equal text."""
     checkpoint = open_checkpoint(path)
     ids = some_ids(checkpoint, 64)
@@ -52,7 +54,9 @@ def check(path: str, threads: int, tokens: int) -> dict[str, dict[str, float]]:
     for arithmetic, bound in BOUND.items():
         if broken:
             bound = BROKEN_BOUND.get(arithmetic, bound)
-        executor = load_executor(checkpoint, "native", threads=threads, arithmetic=arithmetic)
+        executor = load_executor(
+            checkpoint, "native", threads=threads, arithmetic=arithmetic, isa=isa
+        )
         found, written = outcome(executor)
         equal = next((i for i, pair in enumerate(zip(text, written, strict=True))
                       if pair[0] != pair[1]), tokens)  # fmt: skip
@@ -74,4 +78,5 @@ def check(path: str, threads: int, tokens: int) -> dict[str, dict[str, float]]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(check(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
+    where, threads, tokens, *isa = sys.argv[1:]
+    print(json.dumps(check(where, int(threads), int(tokens), *isa)))

@@ -66,10 +66,10 @@ def parameters_of(checkpoint: Checkpoint) -> int:
     return sum(math.prod(checkpoint.shape(name)) for name in checkpoint.names())
 
 
-def held(path: Path, threads: int, tokens: int) -> dict[str, Any]:
+def held(path: Path, threads: int, tokens: int, *isa: str) -> dict[str, Any]:
     """correct.py in a process of its own; KbitError with its sentence where it fails."""
     script = Path(__file__).with_name("correct.py")
-    command = [sys.executable, str(script), str(path), str(threads), str(tokens)]
+    command = [sys.executable, str(script), str(path), str(threads), str(tokens), *isa]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise KbitError(f"nothing was timed: {done.stderr.strip().splitlines()[-1]}")

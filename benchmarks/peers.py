@@ -4,8 +4,9 @@
 
 Engines: kbit-float, -int8, -int16, -bf16 (checkpoint directories), llama.cpp and
 xllamacpp (a .gguf file), transformers-fp32, transformers-bf16, bitsandbytes-nf4, torch-int4
-(Hugging Face directories). Every engine gets the same token ids. `run` starts it as a child and
-says how much of the machine others used.
+(Hugging Face directories). kbit-int8@avx2 takes that instruction set, and llama.cpp@haswell the
+library for such processors of the build in .venv/variants. Every engine gets the same token ids.
+`run` starts it as a child and says how much of the machine others used.
 """
 
 import json
@@ -26,14 +27,14 @@ def prompt_ids(count: int) -> list[int]:
     return [100 + (37 * i) % 4000 for i in range(count)]
 
 
-def kbit(path: str, threads: int, arithmetic: str) -> tuple[Read, Decode, Any]:
+def kbit(path: str, threads: int, arithmetic: str, isa: str | None) -> tuple[Read, Decode, Any]:
     import numpy as np
 
     from kbit.checkpoint.reader import open_checkpoint
     from kbit.engine.executor import load_executor
 
     executor: Any = load_executor(
-        open_checkpoint(path), "native", threads=threads, arithmetic=arithmetic
+        open_checkpoint(path), "native", threads=threads, arithmetic=arithmetic, isa=isa
     )
     state: dict[str, Any] = {}
 
@@ -132,10 +133,15 @@ def torch_int4(weight: Any, group: int = 64) -> Any:
     return Int4()
 
 
-def llama_cpp(path: str, threads: int, context: int) -> tuple[Read, Decode, Any]:
-    """llama.cpp's C API, with its defaults."""
+VARIANTS = Path(__file__).parents[1] / ".venv" / "variants"  # see the Makefile
+
+
+def llama_cpp(path: str, threads: int, context: int, variant: str) -> tuple[Read, Decode, Any]:
+    """llama.cpp's C API, with its defaults. variant: whose library for the processor to load."""
     import ctypes
 
+    if variant:
+        sys.path.insert(0, str(VARIANTS))
     import llama_cpp as api
     import numpy as np
 
@@ -144,6 +150,12 @@ def llama_cpp(path: str, threads: int, context: int) -> tuple[Read, Decode, Any]
         pass
 
     api.llama_log_set(quiet, ctypes.c_void_p(0))
+    if variant:
+        load = ctypes.CDLL(str(VARIANTS / "llama_cpp" / "lib" / "libggml.so.0")).ggml_backend_load
+        load.restype, load.argtypes = ctypes.c_void_p, [ctypes.c_char_p]
+        library = VARIANTS / "bin" / f"libggml-cpu-{variant}.so"
+        if not load(str(library).encode()):
+            raise RuntimeError(f"{library}: llama.cpp does not load it")
     api.llama_backend_init()
     model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
     options = api.llama_context_default_params()
@@ -218,11 +230,12 @@ def child(engine: str, path: str, threads: int, prompt: int, tokens: int) -> dic
     if engine == "xllamacpp":
         result = xllamacpp(path, threads, prompt, tokens)
     else:
+        engine, _, isa = engine.partition("@")
         family, _, kind = engine.partition("-")
         if family == "kbit":
-            read, decode, model = kbit(path, threads, kind)
+            read, decode, model = kbit(path, threads, kind, isa or None)
         elif family == "llama.cpp":
-            read, decode, model = llama_cpp(path, threads, prompt + tokens + 64)
+            read, decode, model = llama_cpp(path, threads, prompt + tokens + 64, isa)
         else:
             read, decode, model = transformers(path, threads, kind)
         loaded = time.perf_counter() - begin

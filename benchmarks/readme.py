@@ -134,6 +134,29 @@ def _speed_of(name: str, data: dict[str, Any]) -> str:
 
 
 @table
+def instruction_sets() -> str:
+    """kbit over llama.cpp of the same width, by instruction set."""
+    parts = []
+    for results in cpu_machines():
+        data = results.get("instruction sets")
+        if data is None:
+            continue
+        found = {(r["isa"], r["bits"], r["engine"][:4] == "kbit"): r for r in data["rows"]}
+        rows = []
+        for isa in dict.fromkeys(row["isa"] for row in data["rows"]):
+            for kind, label in (("decode", "decode"), ("prompt", "prompt of 512")):
+                key, cells = f"{kind}_tokens_per_second", []
+                for bits in dict.fromkeys(row["bits"] for row in data["rows"]):
+                    mine, its = found[isa, bits, True][key], found[isa, bits, False][key]
+                    cells.append(f"{mine:.0f} / {its:.0f} = {mine / its:.1f}")
+                rows.append([isa, label, *cells])
+        types = {row["bits"]: row["type"] for row in data["rows"] if "type" in row}
+        header = ["", "tokens/s", *(f"{bits} bits / {kind}" for bits, kind in types.items())]
+        parts.append(f"{markdown(header, rows)}\n\n<sub>{source(data)}</sub>")
+    return "\n\n".join(parts)
+
+
+@table
 def start() -> str:
     parts = []
     for results in cpu_machines():
