@@ -95,15 +95,21 @@ bool run(const kbit::LayerKernels& kernels, int64_t rows, int64_t head_dim, int3
 }  // namespace
 
 int main() {
-  const kbit::LayerKernels* const tables[] = {kbit::portable_layers, kbit::avx2_layers, kbit::avx2_layers, kbit::avx512_layers, kbit::amx_layers};
+  const struct {
+    kbit::Isa isa;
+    const kbit::LayerKernels* kernels;
+    double tolerance;
+  } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5}, {kbit::kAvx2, kbit::avx2_layers, 1e-5},
+              {kbit::kAvx512, kbit::avx512_layers, 1e-5},     {kbit::kAmx, kbit::amx_layers, 1e-4},
+              {kbit::kAmx, kbit::amx_bf16_layers, 4e-3}};
   long cases = 0, wrong = 0;
-  for (int isa = 0; isa <= kbit::kAmx; ++isa) {
-    if (!kbit_isa_available(isa)) continue;
+  for (const auto& set : sets) {
+    if (!kbit_isa_available(set.isa)) continue;
     for (int64_t head_dim : {2, 16, 40, 64, 80, 128, 256, 264}) {
       for (int64_t rows : {1, 3, 4, 9, 16, 17, 31, 96}) {
         for (int32_t type : {kbit::kCacheFp32, kbit::kCacheFp16}) {
           ++cases;
-          wrong += !run(*tables[isa], rows, head_dim, type, isa == kbit::kAmx ? 1e-4 : 1e-5);
+          wrong += !run(*set.kernels, rows, head_dim, type, set.tolerance);
         }
       }
     }

@@ -1,14 +1,15 @@
-// A prompt's attention by AMX: products of bf16, every number as the sum of two of them. What these
-// leave out, and the product of both lower parts, is some 2^-16 of the product. Instructions are
+// A prompt's attention by AMX: products of bf16. PARTS 2: every number is the sum of two of them; what
+// these leave out, and the product of both lower parts, is some 2^-16 of the product. Instructions are
 // written out for the reason given in amx.inl. Included after layers.inl, with vectors of 16 lanes.
 
+template <int PARTS>
 struct AmxAttend {
   static constexpr int64_t kMostRows = 96, kMostWidth = 256;  // of queries, and of their heads
   // Upper and lower parts, two rows of keys or values in a lane: pairs of dimensions by keys, and
   // pairs of keys by dimensions.
-  alignas(64) uint32_t keys[2][kMostWidth / 2][kKeyChunk];
-  alignas(64) uint32_t values[2][kKeyChunk / 2][kMostWidth];
-  alignas(64) uint16_t q[2][kMostRows][kMostWidth], weights[2][kMostRows][kKeyChunk];
+  alignas(64) uint32_t keys[PARTS][kMostWidth / 2][kKeyChunk];
+  alignas(64) uint32_t values[PARTS][kKeyChunk / 2][kMostWidth];
+  alignas(64) uint16_t q[PARTS][kMostRows][kMostWidth], weights[PARTS][kMostRows][kKeyChunk];
   alignas(64) float part[16][32];
 
   static bool takes(const Attend& job) {
@@ -23,6 +24,7 @@ struct AmxAttend {
     const __m512i upper = _mm512_and_si512(_mm512_add_epi32((__m512i)x, _mm512_set1_epi32(0x8000)), mask);
     return {upper, _mm512_castps_si512(_mm512_sub_ps((__m512)x, _mm512_castsi512_ps(upper)))};
   }
+  static constexpr int kLower = PARTS - 1;  // where lower parts lie; upper ones at 0
   // Lane i: a's and b's.
   static void put_pairs(Vec a, Vec b, uint32_t* upper, uint32_t* lower) {
     const auto pair = [](__m512i low, __m512i high) {
@@ -30,7 +32,7 @@ struct AmxAttend {
     };
     const Parts x = split(a), y = split(b);
     _mm512_store_si512(upper, pair(x.upper, y.upper));
-    _mm512_store_si512(lower, pair(x.lower, y.lower));
+    if (PARTS == 2) _mm512_store_si512(lower, pair(x.lower, y.lower));
   }
   // All of a's, then all of b's.
   static void put_row(Vec a, Vec b, uint16_t* upper, uint16_t* lower) {
@@ -39,7 +41,7 @@ struct AmxAttend {
     const __m512i odd = _mm512_load_si512(kOdd);
     const Parts x = split(a), y = split(b);
     _mm512_store_si512(upper, _mm512_permutex2var_epi16(x.upper, odd, y.upper));
-    _mm512_store_si512(lower, _mm512_permutex2var_epi16(x.lower, odd, y.lower));
+    if (PARTS == 2) _mm512_store_si512(lower, _mm512_permutex2var_epi16(x.lower, odd, y.lower));
   }
   static Vec first(const float* p, int64_t count) {  // zeros beyond `count` floats
     const auto lanes = static_cast<__mmask16>(count >= 16 ? 0xffff : count <= 0 ? 0 : (1 << count) - 1);
@@ -51,6 +53,14 @@ struct AmxAttend {
                       const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride) {
     asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
     for (int64_t i = 0; i < steps; ++i) {
+      if constexpr (PARTS == 1) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm2\n\ttileloadd (%2,%3,1), %%tmm4\n\t"
+                     "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%2,%3,1), %%tmm5\n\t"
+                     "tdpbf16ps %%tmm5, %%tmm2, %%tmm1"
+                     ::"r"(upper + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride), "r"(4 * b_stride)
+                     : "memory");
+        continue;
+      }
       asm volatile("tileloadd (%0,%2,1), %%tmm2\n\ttileloadd (%3,%5,1), %%tmm4\n\t"
                    "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%3,%5,1), %%tmm5\n\t"
                    "tdpbf16ps %%tmm5, %%tmm2, %%tmm1\n\ttileloadd (%1,%2,1), %%tmm3\n\t"
@@ -70,7 +80,7 @@ struct AmxAttend {
       const float* from = job.q + row * job.padded;
       for (int64_t d = 0; d < width; d += 32) {
         put_row(first(from + d, job.head_dim - d), first(from + d + 16, job.head_dim - d - 16), q[0][row] + d,
-                q[1][row] + d);
+                q[kLower][row] + d);
       }
     }
   }
@@ -83,12 +93,12 @@ struct AmxAttend {
       for (int64_t b = 0; b < kKeyChunk / kKeyBlock; ++b) {
         const E* at = from + b * block + d * kKeyBlock;
         put_pairs(d < job.head_dim ? load(at) : Vec{}, d + 1 < job.head_dim ? load(at + kKeyBlock) : Vec{},
-                  keys[0][pair] + b * kKeyBlock, keys[1][pair] + b * kKeyBlock);
+                  keys[0][pair] + b * kKeyBlock, keys[kLower][pair] + b * kKeyBlock);
       }
     }
     for (int64_t row = 0; row < job.rows; row += 16) {
       for (int64_t key = 0; key < kKeyChunk; key += 32) {
-        product(q[0][row], q[1][row], kMostWidth, keys[0][0] + key, keys[1][0] + key, kKeyChunk, pairs / 16,
+        product(q[0][row], q[kLower][row], kMostWidth, keys[0][0] + key, keys[kLower][0] + key, kKeyChunk, pairs / 16,
                 job.scratch + row * kKeyChunk + key, kKeyChunk);
       }
     }
@@ -104,7 +114,7 @@ struct AmxAttend {
         const __m512i magnitude = _mm512_set1_epi32(0x7fffffff);
         largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)a, magnitude));
         largest = _mm512_max_epu32(largest, _mm512_and_si512((__m512i)b, magnitude));
-        put_pairs(a, b, values[0][j / 2] + d, values[1][j / 2] + d);
+        put_pairs(a, b, values[0][j / 2] + d, values[kLower][j / 2] + d);
       }
     }
     return _mm512_reduce_max_epu32(largest) < 0x7f800000;
@@ -116,12 +126,12 @@ struct AmxAttend {
       const float* from = job.scratch + row * kKeyChunk;
       for (int64_t j = 0; j < kKeyChunk; j += 32) {
         put_row(seen ? load(from + j) : Vec{}, seen ? load(from + j + 16) : Vec{}, weights[0][row] + j,
-                weights[1][row] + j);
+                weights[kLower][row] + j);
       }
     }
     for (int64_t row = 0; row < job.rows; row += 16) {
       for (int64_t d = 0; d < job.padded; d += 32) {
-        product(weights[0][row], weights[1][row], kKeyChunk, values[0][0] + d, values[1][0] + d, kMostWidth,
+        product(weights[0][row], weights[kLower][row], kKeyChunk, values[0][0] + d, values[kLower][0] + d, kMostWidth,
                 kKeyChunk / 32, part[0], 32);
         for (int64_t r = 0; r < std::min<int64_t>(16, job.rows - row); ++r) {
           float* sum = job.sum + (row + r) * job.padded + d;
@@ -143,15 +153,18 @@ struct AmxAttend {
   }
 };
 
+template <int PARTS>
 static void attend_amx(const Attend& job) {
-  if (!AmxAttend::takes(job)) return attend(job);
-  AmxAttend tiles;
+  if (!AmxAttend<PARTS>::takes(job)) return attend(job);
+  AmxAttend<PARTS> tiles;
   const TileShapes shapes;
   asm volatile("ldtilecfg %0" ::"m"(shapes));
-  if (job.type == kCacheFp16) tiles.run<Half>(job);
-  else tiles.run<float>(job);
+  if (job.type == kCacheFp16) tiles.template run<Half>(job);
+  else tiles.template run<float>(job);
   asm volatile("tilerelease");
 }
 
-static const LayerKernels kAmxLayers = {norm,   add,       scale,       activate,  softcap,
-                                        rotate, store_key, store_value, attend_amx};
+static const LayerKernels kAmxLayers = {norm,   add,       scale,       activate,     softcap,
+                                        rotate, store_key, store_value, attend_amx<2>};
+static const LayerKernels kAmxBf16Layers = {norm,   add,       scale,       activate,     softcap,
+                                            rotate, store_key, store_value, attend_amx<1>};

@@ -24,7 +24,9 @@ void require(bool good, const char* sentence) {
 
 const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
   switch (isa) {
-    case kAmx: return arithmetic == kFloat ? avx512_layers : amx_layers;
+    case kAmx:
+      if (arithmetic == kFloat) return avx512_layers;
+      return arithmetic == kInt16 ? amx_layers : amx_bf16_layers;
     case kAvx512: return avx512_layers;
     case kAvxVnni:
     case kAvx2: return avx2_layers;

@@ -40,6 +40,8 @@ struct LayerKernels {
 extern const LayerKernels* const portable_layers;
 extern const LayerKernels* const avx2_layers;
 extern const LayerKernels* const avx512_layers;
-extern const LayerKernels* const amx_layers;  // rounds: for arithmetics that do so too
+// These round: for arithmetics that do so too.
+extern const LayerKernels* const amx_layers;
+extern const LayerKernels* const amx_bf16_layers;
 
 }  // namespace kbit

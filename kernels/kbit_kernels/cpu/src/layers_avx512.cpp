@@ -36,10 +36,13 @@ namespace avx512_layer {
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
 #if __has_include(<amxtileintrin.h>)
 const kbit::LayerKernels* const kbit::amx_layers = &kbit::avx512_layer::kAmxLayers;
+const kbit::LayerKernels* const kbit::amx_bf16_layers = &kbit::avx512_layer::kAmxBf16Layers;
 #else
 const kbit::LayerKernels* const kbit::amx_layers = nullptr;
+const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;
 #endif
 #else
 const kbit::LayerKernels* const kbit::avx512_layers = nullptr;
 const kbit::LayerKernels* const kbit::amx_layers = nullptr;
+const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;
 #endif
