@@ -19,6 +19,10 @@ if TYPE_CHECKING:
 
 def generate(
     model: options.ModelArgument,
+    text: Annotated[
+        str | None,
+        typer.Argument(help="A prompt, as with -p.", metavar="PROMPT", show_default=False),
+    ] = None,
     prompt: Annotated[
         list[str] | None,
         typer.Option(
@@ -68,14 +72,14 @@ def generate(
 ) -> None:
     """Complete prompts, printing the text as it comes.
 
-    The prompts are those of -p and -f, in this order, or else standard input. Text is completed as
-    it stands; for questions to a chat model there is `kbit chat`.
+    The prompts are PROMPT and those of -p and -f, in this order, or else standard input. Text is
+    completed as it stands; for questions to a chat model there is `kbit chat`.
     """
     from kbit.errors import KbitError
 
     if logprobs is not None and not as_json:
         raise KbitError("--logprobs needs --json, whose output has a place for them")
-    prompts = _prompts(prompt or [], file or [])
+    prompts = _prompts([*([] if text is None else [text]), *(prompt or [])], file or [])
     begin = time.perf_counter()
     loaded = options.load_model(
         model,

@@ -180,6 +180,10 @@ def report(
 
     if source.suffix == ".csv":
         raise KbitError(f"{source}: a published grid has no cells to report; use kbit fit and plot")
+    if out.is_dir():
+        raise KbitError(
+            f"{out} is a folder; --out takes the page's name, such as {out}/report.html"
+        )
     summary = _summary(source, records, replicates=replicates)
     if everything:
         _write(out.parent / "fits.json", json.dumps(summary.as_json(), indent=1) + "\n")

@@ -19,6 +19,7 @@ from kbit_kernels.errors import KbitError
 from kbit_kernels.tensor import SCALE_CODEBOOK, QuantizedTensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
+ABI = 2  # kAbi of src/kbit.h
 Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx"]
 Arithmetic = Literal["float", "int8", "int16", "bf16"]
 # in the order of the enums of src/kbit.h
@@ -128,7 +129,7 @@ def load() -> ctypes.CDLL:
     """The library, its functions typed.
 
     Raises:
-        KbitError: it was not built, or does not load.
+        KbitError: it was not built, was built from other sources, or does not load.
     """
     if not LIBRARY.exists():
         missing = "it was left out at install"
@@ -142,6 +143,10 @@ def load() -> ctypes.CDLL:
         native = ctypes.CDLL(str(LIBRARY))
     except OSError as problem:
         raise KbitError(f"the native CPU library does not load: {problem}") from None
+    if not hasattr(native, "kbit_abi") or native.kbit_abi() != ABI:
+        raise KbitError(
+            f"{LIBRARY} was built from other sources than this kbit; install kbit again"
+        )
     error = POINTER(_Error)
     weights = [c_int32, c_void_p, c_int32, c_int64, c_int64, c_int64, c_void_p, c_int64]
     signatures: dict[str, tuple[Any, Sequence[Any]]] = {

@@ -20,7 +20,7 @@ def test_generate_prints_what_the_model_says(run: Run, speaker: Path) -> None:
     assert told.status == 0
     assert told.out == expected[0].text + "\n"
     assert told.err == ""
-    both = run("generate", speaker, "-p", "It was", "-p", "the", "--max-tokens", 12)
+    both = run("generate", speaker, "It was", "-p", "the", "--max-tokens", 12)
     assert both.out == (
         f"== prompt 1, sample 1\n{expected[0].text}\n== prompt 2, sample 1\n{expected[1].text}\n"
     )

@@ -196,3 +196,9 @@ def test_malformed_tensors_are_refused() -> None:
     object.__setattr__(tensor, "scales", np.zeros((4, 1), dtype=np.uint8))
     with pytest.raises(KbitError, match="double-quantized"):
         Matrix(tensor)
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "ABI", library.ABI + 1)
+    with pytest.raises(KbitError, match="other sources"):
+        library.load.__wrapped__()

@@ -40,6 +40,7 @@ std::vector<int32_t> first_outliers(const int32_t* columns, int64_t count, int64
 
 }  // namespace
 
+KBIT_API int32_t kbit_abi() { return kbit::kAbi; }
 KBIT_API int32_t kbit_best_isa() { return kbit::best_isa(); }
 KBIT_API int32_t kbit_isa_available(int32_t isa) {
   return kbit::isa_available(static_cast<kbit::Isa>(isa));

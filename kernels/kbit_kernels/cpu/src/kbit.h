@@ -10,6 +10,10 @@
 
 namespace kbit {
 
+// Raised with every change of the C ABI, its enums and structs: Python asks for it, because a library
+// that an older checkout built stays where it is.
+constexpr int32_t kAbi = 2;
+
 // How a matrix is stored. The numbers are part of the C ABI.
 enum Storage : int32_t {
   kInt = 0,       // value = (code - 2^(bits-1)) * scale
