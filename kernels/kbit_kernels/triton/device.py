@@ -17,12 +17,14 @@ from kbit_kernels.triton.configs import Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
     FENCE_PTX,
     HALF_DTYPES,
+    PROGRAM_PTX,
     SCALE_PTX,
     SHARED_TABLE_PTX,
     SUBTRACT_PTX,
     decode_ptx,
     table_words,
 )
+from kbit_kernels.triton.functions import LANES_FIRST
 from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
 ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -248,6 +250,10 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
+    # registers are short there, and ptxas of CUDA 12.9 spills what is held over the loop; Triton
+    # before 3.7 brings an earlier one
+    short = config.rows_x > 8 or scheme_of(spec).kind == "uint"
+    again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
         "EVEN_TILES": tiles % (config.warps_k * config.split) == 0,
@@ -257,6 +263,7 @@ def linear_constants(
         # with more rows of x, or the lookups of 7 bits, registers are short
         "AHEAD": config.rows_x == 8 and not (spec.bits == 7 and scheme_of(spec).kind == "table"),
         "FENCE": FENCE_PTX if use_ptx else "",
+        "PROGRAM": PROGRAM_PTX if again else (),
     }
 
 

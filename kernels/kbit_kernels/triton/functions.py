@@ -36,6 +36,12 @@ def in_order(FENCE: tl.constexpr, BARRIER: tl.constexpr):
 
 
 @triton.jit
+def program(PTX: tl.constexpr):
+    """What the register that PTX reads says, read here and not before."""
+    return tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr):
     """The activation NAME of x, fp32; see device.ACTIVATIONS."""
     if NAME == "silu":
@@ -53,6 +59,9 @@ def activate(x, NAME: tl.constexpr):
 @triton.jit
 def finish(
     y,
+    pid_n,
+    pid_m,
+    pid_s,
     scales_ptr,
     extra_ptr,
     bias_ptr,
@@ -78,8 +87,6 @@ def finish(
     """
     BN: tl.constexpr = y.shape[0]
     BM: tl.constexpr = y.shape[1]
-    pid_n = tl.program_id(0)
-    pid_m = tl.program_id(1)
     n = pid_n * BN + tl.arange(0, BN)[:, None]
     m = pid_m * BM + tl.arange(0, BM)[None, :]
     if SPLIT > 1:
@@ -87,7 +94,7 @@ def finish(
         size: tl.constexpr = BN * BM
         local = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
-        tl.store(base + tl.program_id(2) * size, y, mask=m < M)
+        tl.store(base + pid_s * size, y, mask=m < M)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
         if arrived < SPLIT - 1:

@@ -225,6 +225,9 @@ def gemm_kernel(
                 acc = dot(a.reshape(W * 16, 64), tl.trans(x), acc)
     finish(
         acc,
+        pid_n,
+        tl.program_id(1),
+        tl.program_id(2),
         scales_ptr,
         extra_ptr,
         bias_ptr,

@@ -30,6 +30,7 @@ from kbit_kernels.triton.functions import (
     loads,
     per_row,
     pick,
+    program,
     table,
     taken,
     tile_words,
@@ -80,6 +81,7 @@ def linear_kernel(
     FILL: tl.constexpr,
     FENCE: tl.constexpr,
     AHEAD: tl.constexpr,
+    PROGRAM: tl.constexpr,
     OVERLAPS: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -269,8 +271,15 @@ def linear_kernel(
                 means = block_values(means_at, later, tile4, valid4, SCALES, BLOCK, False)
 
     y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1).reshape(WN * ROWS, BM)
+    if len(PROGRAM) > 0:
+        pid_n = program(PROGRAM[0])
+        pid_m = program(PROGRAM[1])
+        pid_s = program(PROGRAM[2])
     finish(
         y,
+        pid_n,
+        pid_m,
+        pid_s,
         scales_ptr,
         extra_ptr,
         bias_ptr,
