@@ -129,15 +129,17 @@ SHIPPED_CLASSES = {
 SHIPPED_SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
 
 
-def shipped_configs(gpu: str) -> set[Config]:
-    """Every configuration that the shipped table or the rule can choose for the shapes above."""
+def shipped_configs(gpu: str, spec: QuantSpec) -> set[Config]:
+    """Every configuration that `spec` can get from the shipped table, for any shape in it, or from
+    the rule, for the shapes above."""
     found = set()
-    for entry in _read(SHIPPED)["classes"].get(gpu, {"entries": {}})["entries"].values():
-        found.add(Config.of(entry))
+    for key, entry in _read(SHIPPED)["classes"][gpu]["entries"].items():
+        if key.startswith(f"k{spec.bits}-"):
+            found.add(Config.of(entry))
     for n, k in SHIPPED_SHAPES:
         for rows in ROW_BUCKETS:
             found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
-    return found
+    return {config for config in found if fits(config, spec)}
 
 
 @lru_cache(maxsize=64)

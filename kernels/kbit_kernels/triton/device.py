@@ -250,8 +250,8 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
-    # registers are short there, and ptxas of CUDA 12.9 spills what is held over the loop; Triton
-    # before 3.7 brings an earlier one
+    # registers are short there, and ptxas of CUDA 13 spills what is held over the loop; Triton
+    # before 3.7 takes an earlier one
     short = config.rows_x > 8 or scheme_of(spec).kind == "uint"
     again = use_ptx and short and not LANES_FIRST.value
     return {
