@@ -1,13 +1,13 @@
 """A quantized matrix on the GPU, and the operations on it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from kbit_kernels.activations import ACTIVATIONS
 from kbit_kernels.errors import KbitError
 from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
@@ -27,12 +27,6 @@ from kbit_kernels.triton.decode import (
 from kbit_kernels.triton.functions import LANES_FIRST
 from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
 ARRANGE_BLOCK = 2048

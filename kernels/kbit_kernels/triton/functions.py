@@ -43,7 +43,7 @@ def program(PTX: tl.constexpr):
 
 @triton.jit
 def activate(x, NAME: tl.constexpr):
-    """The activation NAME of x, fp32; see device.ACTIVATIONS."""
+    """The activation NAME of x, fp32; see activations.ACTIVATIONS."""
     if NAME == "silu":
         y = x * tl.sigmoid(x)
     elif NAME == "gelu":
