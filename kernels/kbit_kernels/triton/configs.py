@@ -5,6 +5,8 @@ directory. An entry says for which bits, rows of x and shape it was found, and h
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -246,7 +248,22 @@ def choose_for(
     return fused_for(spec, rows, n, k, gpu, sms)
 
 
+_tried: dict[tuple[int, int], Config] = {}  # by the shape of the weights
+
+
+@contextmanager
+def trying(table: dict[tuple[int, int], Config]) -> Iterator[None]:
+    """Within, products with weights of the shapes in `table` run as it says, for any rows of x."""
+    _tried.update(table)
+    try:
+        yield
+    finally:
+        _tried.clear()
+
+
 def choose(spec: QuantSpec, rows: int, n: int, k: int, device: "torch.device") -> Config | None:
     """The configuration for `rows` of x and weights `[n, k]` on `device`; None: dequantize."""
+    if (n, k) in _tried:
+        return _tried[n, k]
     gpu, sms = gpu_class(device)
     return choose_for(spec, rows, n, k, gpu, sms)[0]
