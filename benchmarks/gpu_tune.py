@@ -55,7 +55,11 @@ def candidates(bits: int, rows: int, shape: tuple[int, int]) -> list[Any]:
     from kbit_kernels.triton.tune import gemm_candidates
 
     spec, sms = QuantSpec("int", bits), SHIPPED_CLASSES["sm_90"]
-    found = gemm_candidates(rows, *shape, sms)
+    found = [
+        replace(config, overlap=overlap)
+        for config in gemm_candidates(rows, *shape, sms)
+        for overlap in (False, True)
+    ]
     if rows <= LINEAR_ROWS:
         found += [Config(bucket(rows), *cut, bool(o)) for cut in CUTS for o in (0, 1)]
     else:  # with so many rows only these were ever chosen
