@@ -25,6 +25,7 @@ from kbit_kernels.triton.functions import (
     finish,
     halves,
     table,
+    taken,
     tile_words,
     values_of_all,
     word_values,
@@ -166,7 +167,7 @@ def gemm_kernel(
         values = ()
         for u in tl.static_range(SUBTILES):
             at = w_ptrs + step * (BITS * 128)
-            values = values + decode(
+            outputs = decode(
                 halves(tile_words(at, always, u * CHUNKS, CHUNKS, True)),
                 registers,
                 table_ptr,
@@ -178,6 +179,7 @@ def gemm_kernel(
                 EXPONENT,
                 DT,
             )
+            values = values + taken(outputs, 0, OUTPUTS)
             # as soon as four outputs, 64 columns, are there
             for q in tl.static_range(u * OUTPUTS // 4, (u + 1) * OUTPUTS // 4):
                 at = x_ptrs + (step * 256 + q * 64)
