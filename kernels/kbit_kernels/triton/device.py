@@ -244,9 +244,9 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
-    # registers are short there, and ptxas of CUDA 13 spills what is held over the loop; Triton
-    # before 3.7 takes an earlier one
-    short = config.rows_x > 8 or scheme_of(spec).kind == "uint"
+    # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a
+    # word or two without one. That this helps at these widths was found by compiling.
+    short = spec.bits in (4, 6) and (config.rows_x > 8 or scheme_of(spec).kind == "uint")
     again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
