@@ -55,7 +55,11 @@ def candidates(bits: int, rows: int, shape: tuple[int, int]) -> list[Any]:
     from kbit_kernels.triton.tune import gemm_candidates
 
     spec, sms = QuantSpec("int", bits), SHIPPED_CLASSES["sm_90"]
-    found = gemm_candidates(rows, *shape, sms)
+    found = [
+        replace(config, overlap=overlap)
+        for config in gemm_candidates(rows, *shape, sms)
+        for overlap in (False, True)
+    ]
     if rows <= LINEAR_ROWS:
         found += [Config(bucket(rows), *cut, bool(o)) for cut in CUTS for o in (0, 1)]
     else:  # with so many rows only these were ever chosen
@@ -101,8 +105,7 @@ def decode_steps(bits: int) -> tuple[dict[str, float], dict[tuple[int, int], Any
     from kbit.engine.cuda_executor import CudaExecutor
     from kbit.models import describe
     from kbit_kernels import QuantSpec
-    from kbit_kernels.triton import device
-    from kbit_kernels.triton.configs import Config
+    from kbit_kernels.triton.configs import Config, trying
     from kbit_kernels.triton.measure import medians_us
 
     loader = type("Loader", (gpu_decode.RandomLoader,), {"spec": QuantSpec("int", bits)})
@@ -115,18 +118,14 @@ def decode_steps(bits: int) -> tuple[dict[str, float], dict[tuple[int, int], Any
         }
         for name, step in STEPS.items()
     }
-    timed, caches, choose = {}, [], device.choose
-    try:
-        for name, table in tables.items():
-            device.choose = lambda spec, m, n, k, where, table=table: table[n, k]  # type: ignore[assignment]
-            cache = executor.new_cache(1, gpu_decode.CONTEXT)
-            caches.append(cache)
-            with torch.inference_mode():
-                replay = partial(cache.step, [1], [gpu_decode.CONTEXT - 1])
-                replay()
-            timed[name] = gpu_decode.Replay(cache.step, replay)
-    finally:
-        device.choose = choose
+    timed, caches = {}, []
+    for name, table in tables.items():
+        cache = executor.new_cache(1, gpu_decode.CONTEXT)
+        caches.append(cache)
+        replay = partial(cache.step, [1], [gpu_decode.CONTEXT - 1])
+        with torch.inference_mode(), trying(table):
+            replay()
+        timed[name] = gpu_decode.Replay(cache.step, replay)
     us = medians_us(timed, 25)
     return us, tables[min(us, key=us.__getitem__)]
 

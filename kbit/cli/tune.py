@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -20,8 +21,19 @@ def tune(
     ] = "1,16,32,64,128",
     dtype: Annotated[str, typer.Option(help="Data type to measure with.")] = "int",
 ) -> None:
-    """Search kernel configurations on this GPU and keep the best ones in the cache directory."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+    """Search kernel configurations on this GPU and keep the best ones in the cache directory.
+
+    Each is saved as soon as it is found: an interrupted search has kept them, and --bits, --shapes
+    and --rows can name what is missing. Most of the time goes into compiling.
+    """
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
     from kbit_kernels import QuantSpec
     from kbit_kernels.triton import available
@@ -38,33 +50,37 @@ def tune(
     from kbit_kernels.triton.tune import tune_cross_over
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn()) as bar:
-        task = bar.add_task("starting", total=len(specs) * len(sizes) * len(counts))
+    times = (TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    try:
+        with Progress(*columns, *times, speed_estimate_period=600) as bar:
+            task = bar.add_task("starting", total=None)
 
-        def show(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text)
+            def show(done: float, total: int, text: str) -> None:
+                bar.update(task, completed=done, total=total, description=text)
 
-        for found in search(specs, sizes, counts, show):
-            bar.console.print(
-                f"{found.key}: {found.us:.1f} us (rule: {found.rule_us:.1f} us), {found.config}"
-            )
-        bar.update(task, description="where dequantizing and cuBLAS is faster")
-        most = tune_cross_over(specs, sizes)
-        bar.console.print(f"fused up to {most} tokens at once, above that by cuBLAS")
+            for found in search(specs, sizes, counts, show):
+                bar.console.print(
+                    f"{found.key}: {found.us:.1f} us (rule: {found.rule_us:.1f} us), {found.config}"
+                )
+            task = bar.add_task("", total=None)
+            most = tune_cross_over(specs, sizes, show)
+            bar.console.print(f"fused up to {most} tokens at once, above that by cuBLAS")
+    except KeyboardInterrupt:
+        typer.echo(f"What was found so far is in {tuned_path()}.")
+        raise
     typer.echo(f"Saved to {tuned_path()}.")
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise KbitError(f"{option} is {text!r}; give whole numbers separated by commas") from None
+    if not re.fullmatch(r"[1-9]\d*(,[1-9]\d*)*", text):
+        raise KbitError(f"{option} is {text!r}; give whole numbers separated by commas")
+    return [int(part) for part in text.split(",")]
 
 
 def _shape(text: str) -> tuple[int, int]:
-    out, _, inner = text.partition("x")
-    if not (out.isdigit() and inner.isdigit()) or int(inner) % 32:
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+    if match is None or int(match[2]) % 32:
         raise KbitError(
             f"--shapes has {text!r}; give OUTxIN such as 4096x14336, IN a multiple of 32"
         )
-    return int(out), int(inner)
+    return int(match[1]), int(match[2])

@@ -14,8 +14,9 @@ from torch import Tensor
 from kbit.engine.torch_attention import Step
 from kbit.engine.torch_cache import TorchCache
 from kbit.models import Attention
+from kbit_kernels.activations import ACTIVATIONS
 from kbit_kernels.triton.configs import gpu_class, power_of_two
-from kbit_kernels.triton.device import ACTIVATIONS, overlapping, workspace
+from kbit_kernels.triton.device import overlapping, workspace
 from kbit_kernels.triton.functions import activate, after_others
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)

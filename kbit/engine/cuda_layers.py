@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kbit.engine.torch_layers import Attend, Layer, LinearLayer, Loader
 from kbit.models import Attention, Linear
+from kbit_kernels.activations import ACTIVATIONS
 from kbit_kernels.tensor import QuantizedTensor
 
 _PER_ROW = ("codes", "scales", "zeros", "means")
@@ -54,8 +55,6 @@ class CudaLoader(Loader):
     def fused_gated(self, gate: Linear, up: Linear, activation: str) -> Layer | None:
         """Where the two are stored alike, and eight rows of the one can lie beside eight of the
         other."""
-        from kbit_kernels.triton.device import ACTIVATIONS
-
         stacked = None
         if activation in ACTIVATIONS and self.dtype in HALVES and gate.out_features % 8 == 0:
             parts = [self.rows(part) for part in (gate, up)]

@@ -13,9 +13,10 @@ import kbit_kernels.triton
 from kbit.engine.executor import Weights
 from kbit.engine.torch_attention import Step, TorchAttention
 from kbit.engine.torch_cache import TorchCache
-from kbit.engine.torch_layers import ACTIVATIONS, Loader, identity, make_linear, make_norm
+from kbit.engine.torch_layers import Loader, identity, make_linear, make_norm
 from kbit.errors import KbitError
 from kbit.models import Decoder, Layer, Linear, Mlp
+from kbit_kernels.activations import ACTIVATIONS
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -32,13 +32,6 @@ class LinearLayer(Protocol):
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
-ACTIVATIONS: dict[str, Layer] = {
-    "silu": functional.silu,
-    "gelu": functional.gelu,
-    "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
-    "relu": functional.relu,
-}
-
 
 class Loader:
     """Reads a checkpoint's tensors for one decoder, checked against its description."""

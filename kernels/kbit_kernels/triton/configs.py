@@ -5,6 +5,8 @@ directory. An entry says for which bits, rows of x and shape it was found, and h
 """
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -129,15 +131,17 @@ SHIPPED_CLASSES = {
 SHIPPED_SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (28672, 8192))
 
 
-def shipped_configs(gpu: str) -> set[Config]:
-    """Every configuration that the shipped table or the rule can choose for the shapes above."""
+def shipped_configs(gpu: str, spec: QuantSpec) -> set[Config]:
+    """Every configuration that `spec` can get from the shipped table, for any shape in it, or from
+    the rule, for the shapes above."""
     found = set()
-    for entry in _read(SHIPPED)["classes"].get(gpu, {"entries": {}})["entries"].values():
-        found.add(Config.of(entry))
+    for key, entry in _read(SHIPPED)["classes"][gpu]["entries"].items():
+        if key.startswith(f"k{spec.bits}-"):
+            found.add(Config.of(entry))
     for n, k in SHIPPED_SHAPES:
         for rows in ROW_BUCKETS:
             found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
-    return found
+    return {config for config in found if fits(config, spec)}
 
 
 @lru_cache(maxsize=64)
@@ -244,7 +248,22 @@ def choose_for(
     return fused_for(spec, rows, n, k, gpu, sms)
 
 
+_tried: dict[tuple[int, int], Config] = {}  # by the shape of the weights
+
+
+@contextmanager
+def trying(table: dict[tuple[int, int], Config]) -> Iterator[None]:
+    """Within, products with weights of the shapes in `table` run as it says, for any rows of x."""
+    _tried.update(table)
+    try:
+        yield
+    finally:
+        _tried.clear()
+
+
 def choose(spec: QuantSpec, rows: int, n: int, k: int, device: "torch.device") -> Config | None:
     """The configuration for `rows` of x and weights `[n, k]` on `device`; None: dequantize."""
+    if (n, k) in _tried:
+        return _tried[n, k]
     gpu, sms = gpu_class(device)
     return choose_for(spec, rows, n, k, gpu, sms)[0]

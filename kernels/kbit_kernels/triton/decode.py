@@ -250,6 +250,9 @@ mad.lo.u32 $0, t, 4, $0;
 # nothing moves across it, and the warps of a program stay independent
 FENCE_PTX = "bar.warp.sync 0xffffffff;\nmov.b32 $0, 0;"
 
+# a program's indices
+PROGRAM_PTX = tuple(f"mov.u32 $0, %ctaid.{axis};" for axis in "xyz")
+
 SUBTRACT_PTX = {
     "fp16": "sub.rn.f16x2 $0, $1, $2;",
     "bf16": "{\n.reg .b32 m;\nmov.b32 m, 0xbf80bf80;\nfma.rn.bf16x2 $0, $2, m, $1;\n}",

@@ -1,13 +1,13 @@
 """A quantized matrix on the GPU, and the operations on it."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from kbit_kernels.activations import ACTIVATIONS
 from kbit_kernels.errors import KbitError
 from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
@@ -17,20 +17,16 @@ from kbit_kernels.triton.configs import Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
     FENCE_PTX,
     HALF_DTYPES,
+    PROGRAM_PTX,
     SCALE_PTX,
     SHARED_TABLE_PTX,
     SUBTRACT_PTX,
     decode_ptx,
     table_words,
 )
+from kbit_kernels.triton.functions import LANES_FIRST
 from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
-ACTIVATIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": torch.nn.functional.silu,
-    "gelu": torch.nn.functional.gelu,
-    "gelu_tanh": partial(torch.nn.functional.gelu, approximate="tanh"),
-    "relu": torch.nn.functional.relu,
-}
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
 ARRANGE_BLOCK = 2048
@@ -248,6 +244,10 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
+    # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a
+    # word or two without one. That this helps at these widths was found by compiling.
+    short = spec.bits in (4, 6) and (config.rows_x > 8 or scheme_of(spec).kind == "uint")
+    again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
         "EVEN_TILES": tiles % (config.warps_k * config.split) == 0,
@@ -257,6 +257,7 @@ def linear_constants(
         # with more rows of x, or the lookups of 7 bits, registers are short
         "AHEAD": config.rows_x == 8 and not (spec.bits == 7 and scheme_of(spec).kind == "table"),
         "FENCE": FENCE_PTX if use_ptx else "",
+        "PROGRAM": PROGRAM_PTX if again else (),
     }
 
 

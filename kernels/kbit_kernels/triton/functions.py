@@ -36,8 +36,14 @@ def in_order(FENCE: tl.constexpr, BARRIER: tl.constexpr):
 
 
 @triton.jit
+def program(PTX: tl.constexpr):
+    """What the register that PTX reads says, read here and not before."""
+    return tl.inline_asm_elementwise(PTX, "=r", [], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def activate(x, NAME: tl.constexpr):
-    """The activation NAME of x, fp32; see device.ACTIVATIONS."""
+    """The activation NAME of x, fp32; see activations.ACTIVATIONS."""
     if NAME == "silu":
         y = x * tl.sigmoid(x)
     elif NAME == "gelu":
@@ -53,6 +59,9 @@ def activate(x, NAME: tl.constexpr):
 @triton.jit
 def finish(
     y,
+    pid_n,
+    pid_m,
+    pid_s,
     scales_ptr,
     extra_ptr,
     bias_ptr,
@@ -78,8 +87,6 @@ def finish(
     """
     BN: tl.constexpr = y.shape[0]
     BM: tl.constexpr = y.shape[1]
-    pid_n = tl.program_id(0)
-    pid_m = tl.program_id(1)
     n = pid_n * BN + tl.arange(0, BN)[:, None]
     m = pid_m * BM + tl.arange(0, BM)[None, :]
     if SPLIT > 1:
@@ -87,7 +94,7 @@ def finish(
         size: tl.constexpr = BN * BM
         local = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
         base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
-        tl.store(base + tl.program_id(2) * size, y, mask=m < M)
+        tl.store(base + pid_s * size, y, mask=m < M)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
         if arrived < SPLIT - 1:
@@ -279,9 +286,19 @@ def _integer(bits):
 
 
 @triton.jit
-def block_pointers(ptr, band, last_band, first, tiles, R: tl.constexpr, BLOCK: tl.constexpr):
+def block_pointers(
+    ptr,
+    band,
+    last_band,
+    first,
+    tiles,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXIST: tl.constexpr,
+):
     """Where a lane's per-block values of the tiles `first [1, W, 1, 1]` begin, for R bands from
-    `band [1, W, 1, 1]` on: a tuple of pointers to integers, one per band; see block_values.
+    `band [1, W, 1, 1]` on: a tuple of pointers to integers, one per band (none unless they EXIST);
+    see block_values.
 
     Each has no more elements than lanes: Triton then loads them where they are wanted, and not
     with other lanes, from which they had to be sent through shared memory.
@@ -298,7 +315,7 @@ def block_pointers(ptr, band, last_band, first, tiles, R: tl.constexpr, BLOCK: t
         g = tl.arange(0, 8)[None, None, :, None]
         t = tl.arange(0, 4)[None, None, None, :]
     pointers = ()
-    for r in tl.static_range(R):
+    for r in tl.static_range(R if EXIST else 0):
         place = tl.minimum(band + r, last_band).to(tl.int64)
         if BLOCK != 0:
             place *= (tiles + PER - 1) // PER
@@ -339,6 +356,33 @@ def block_values(
             words = words + (word,)
         packed = packed + (_stacked(words),)
     return packed
+
+
+@triton.jit
+def values_of_all(
+    pointers,
+    step,
+    tile,
+    valid,
+    SCALE: tl.constexpr,
+    ZERO: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """block_values of scales, zero points and means, as far as there are `pointers`; of the types
+    SCALE, ZERO and SCALE."""
+    SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
+    ZEROS: tl.constexpr = loads(BLOCK, ZERO.primitive_bitwidth)
+    scales = ()
+    zeros = ()
+    means = ()
+    if len(pointers[0]) > 0:
+        scales = block_values(pointers[0], step, tile, valid, SCALES, BLOCK, EVEN)
+    if len(pointers[1]) > 0:
+        zeros = block_values(pointers[1], step, tile, valid, ZEROS, BLOCK, EVEN)
+    if len(pointers[2]) > 0:
+        means = block_values(pointers[2], step, tile, valid, SCALES, BLOCK, EVEN)
+    return scales, zeros, means
 
 
 @triton.jit

@@ -20,14 +20,14 @@ from kbit_kernels.triton.functions import (
     after_others,
     block_of,
     block_pointers,
-    block_values,
     decode,
     dot,
     finish,
     halves,
-    loads,
     table,
+    taken,
     tile_words,
+    values_of_all,
     word_values,
 )
 
@@ -152,30 +152,22 @@ def gemm_kernel(
     if not ARRANGED:
         x_ptrs = tl.max_contiguous(x_ptrs, [1, 2])
 
-    if BLOCK != 0:
-        scales_at = block_pointers(scales_ptr, band, last_band, none, tiles, 1, BLOCK)
-    if KIND == "uint":
-        zeros_at = block_pointers(zeros_ptr, band, last_band, none, tiles, 1, BLOCK)
-    if HAS_MEANS:
-        means_at = block_pointers(means_ptr, band, last_band, none, tiles, 1, BLOCK)
+    blocks_at = (
+        block_pointers(scales_ptr, band, last_band, none, tiles, 1, BLOCK, BLOCK != 0),
+        block_pointers(zeros_ptr, band, last_band, none, tiles, 1, BLOCK, KIND == "uint"),
+        block_pointers(means_ptr, band, last_band, none, tiles, 1, BLOCK, HAS_MEANS),
+    )
     acc = tl.zeros([W * 16, BM], tl.float32)
     after_others(OVERLAPS)
     for step in range(tl.program_id(2), tiles, SPLIT):
         tile4 = step + none
-        scales = ()
-        means = ()
-        if BLOCK != 0:
-            COUNT: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
-            scales = block_values(scales_at, step, tile4, always, COUNT, BLOCK, True)
-            if HAS_MEANS:
-                means = block_values(means_at, step, tile4, always, COUNT, BLOCK, True)
-        if KIND == "uint":
-            ZEROS: tl.constexpr = loads(BLOCK, ZERO.primitive_bitwidth)
-            zeros = block_values(zeros_at, step, tile4, always, ZEROS, BLOCK, True)
+        scales, zeros, means = values_of_all(
+            blocks_at, step, tile4, always, SCALE, ZERO, BLOCK, True
+        )
         values = ()
         for u in tl.static_range(SUBTILES):
             at = w_ptrs + step * (BITS * 128)
-            values = values + decode(
+            outputs = decode(
                 halves(tile_words(at, always, u * CHUNKS, CHUNKS, True)),
                 registers,
                 table_ptr,
@@ -187,6 +179,7 @@ def gemm_kernel(
                 EXPONENT,
                 DT,
             )
+            values = values + taken(outputs, 0, OUTPUTS)
             # as soon as four outputs, 64 columns, are there
             for q in tl.static_range(u * OUTPUTS // 4, (u + 1) * OUTPUTS // 4):
                 at = x_ptrs + (step * 256 + q * 64)
@@ -225,6 +218,9 @@ def gemm_kernel(
                 acc = dot(a.reshape(W * 16, 64), tl.trans(x), acc)
     finish(
         acc,
+        pid_n,
+        tl.program_id(1),
+        tl.program_id(2),
         scales_ptr,
         extra_ptr,
         bias_ptr,

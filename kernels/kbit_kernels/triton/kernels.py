@@ -20,19 +20,19 @@ from kbit_kernels.triton.functions import (
     after_others,
     block_of,
     block_pointers,
-    block_values,
     decode,
     dot,
     ends_block,
     finish,
     halves,
     in_order,
-    loads,
     per_row,
     pick,
+    program,
     table,
     taken,
     tile_words,
+    values_of_all,
     word_values,
 )
 
@@ -80,6 +80,7 @@ def linear_kernel(
     FILL: tl.constexpr,
     FENCE: tl.constexpr,
     AHEAD: tl.constexpr,
+    PROGRAM: tl.constexpr,
     OVERLAPS: tl.constexpr,
     GATE: tl.constexpr,
 ):
@@ -87,8 +88,7 @@ def linear_kernel(
     accumulation. `tiles` = ceil(K / 256); SPLIT programs share an output."""
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SCALE: tl.constexpr = scales_ptr.dtype.element_ty
-    SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
-    ZEROS: tl.constexpr = loads(BLOCK, zeros_ptr.dtype.element_ty.primitive_bitwidth)
+    ZERO: tl.constexpr = zeros_ptr.dtype.element_ty
     W: tl.constexpr = WN * WK
     ROWS: tl.constexpr = R * 16
     MB: tl.constexpr = BM // 8
@@ -130,33 +130,26 @@ def linear_kernel(
 
     # AHEAD: a whole tile of weights is asked for at the end of the step before; as weights are
     # nobody's result, the first one before others are waited for. Else chunks as they are used.
-    if BLOCK != 0:
-        scales_at = block_pointers(scales_ptr, band, last_band, first4, tiles, R, BLOCK)
-    if KIND == "uint":
-        zeros_at = block_pointers(zeros_ptr, band, last_band, first4, tiles, R, BLOCK)
-    if HAS_MEANS:
-        means_at = block_pointers(means_ptr, band, last_band, first4, tiles, R, BLOCK)
+    blocks_at = (
+        block_pointers(scales_ptr, band, last_band, first4, tiles, R, BLOCK, BLOCK != 0),
+        block_pointers(zeros_ptr, band, last_band, first4, tiles, R, BLOCK, KIND == "uint"),
+        block_pointers(means_ptr, band, last_band, first4, tiles, R, BLOCK, HAS_MEANS),
+    )
     valid4 = first4 < tiles
     if AHEAD:
         words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, EVEN_TILES)
-        if BLOCK != 0:
-            scales = block_values(scales_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
-        if KIND == "uint":
-            zeros = block_values(zeros_at, 0, first4, valid4, ZEROS, BLOCK, EVEN_TILES)
-        if HAS_MEANS:
-            means = block_values(means_at, 0, first4, valid4, SCALES, BLOCK, EVEN_TILES)
+        scales, zeros, means = values_of_all(
+            blocks_at, 0, first4, valid4, SCALE, ZERO, BLOCK, EVEN_TILES
+        )
     acc = tl.zeros([W, ROWS, BM], tl.float32)
     after_others(OVERLAPS)
     for step in range(0, tiles, WK * SPLIT):
         if not AHEAD:
             tile4 = step + first4
             valid4 = tile4 < tiles
-            if BLOCK != 0:
-                scales = block_values(scales_at, step, tile4, valid4, SCALES, BLOCK, EVEN_TILES)
-            if KIND == "uint":
-                zeros = block_values(zeros_at, step, tile4, valid4, ZEROS, BLOCK, EVEN_TILES)
-            if HAS_MEANS:
-                means = block_values(means_at, step, tile4, valid4, SCALES, BLOCK, EVEN_TILES)
+            scales, zeros, means = values_of_all(
+                blocks_at, step, tile4, valid4, SCALE, ZERO, BLOCK, EVEN_TILES
+            )
         # else the compiler would ask for most of it late, to save registers
         in_order(FENCE, False)
         part = tl.zeros([W, ROWS, BM], tl.float32)
@@ -208,7 +201,7 @@ def linear_kernel(
                     if KIND == "uint":
                         z = word_values(
                             zeros,
-                            zeros_ptr.dtype.element_ty,
+                            ZERO,
                             BLOCK,
                             block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
                             DT,
@@ -261,16 +254,20 @@ def linear_kernel(
             tile4 = later + first4
             valid4 = tile4 < tiles
             words = tile_words(w_ptrs, valid4, 0, SUBTILES * CHUNKS, False)
-            if BLOCK != 0:
-                scales = block_values(scales_at, later, tile4, valid4, SCALES, BLOCK, False)
-            if KIND == "uint":
-                zeros = block_values(zeros_at, later, tile4, valid4, ZEROS, BLOCK, False)
-            if HAS_MEANS:
-                means = block_values(means_at, later, tile4, valid4, SCALES, BLOCK, False)
+            scales, zeros, means = values_of_all(
+                blocks_at, later, tile4, valid4, SCALE, ZERO, BLOCK, False
+            )
 
     y = tl.sum(acc.reshape(WN, WK, ROWS, BM), 1).reshape(WN * ROWS, BM)
+    if len(PROGRAM) > 0:
+        pid_n = program(PROGRAM[0])
+        pid_m = program(PROGRAM[1])
+        pid_s = program(PROGRAM[2])
     finish(
         y,
+        pid_n,
+        pid_m,
+        pid_s,
         scales_ptr,
         extra_ptr,
         bias_ptr,
@@ -317,8 +314,7 @@ def dequantize_kernel(
     """out [N, K] = the weights in out's dtype; a program takes one band of 16 rows and W tiles."""
     DT: tl.constexpr = out_ptr.dtype.element_ty
     SCALE: tl.constexpr = scales_ptr.dtype.element_ty
-    SCALES: tl.constexpr = loads(BLOCK, SCALE.primitive_bitwidth)
-    ZEROS: tl.constexpr = loads(BLOCK, zeros_ptr.dtype.element_ty.primitive_bitwidth)
+    ZERO: tl.constexpr = zeros_ptr.dtype.element_ty
     OUTPUTS: tl.constexpr = len(FIELDS)
     registers = table(table_ptr, KIND, FILL)
     band = tl.program_id(0)
@@ -330,14 +326,12 @@ def dequantize_kernel(
 
     band4 = band + tl.zeros([1, 1, 1, 1], tl.int32)
     valid4 = tile4 < tiles
-    scales_at = block_pointers(scales_ptr, band4, band, tile4, tiles, 1, BLOCK)
-    scales = block_values(scales_at, 0, tile4, valid4, SCALES, BLOCK, False)
-    if KIND == "uint":
-        zeros_at = block_pointers(zeros_ptr, band4, band, tile4, tiles, 1, BLOCK)
-        zeros = block_values(zeros_at, 0, tile4, valid4, ZEROS, BLOCK, False)
-    if HAS_MEANS:
-        means_at = block_pointers(means_ptr, band4, band, tile4, tiles, 1, BLOCK)
-        means = block_values(means_at, 0, tile4, valid4, SCALES, BLOCK, False)
+    blocks_at = (
+        block_pointers(scales_ptr, band4, band, tile4, tiles, 1, BLOCK, True),
+        block_pointers(zeros_ptr, band4, band, tile4, tiles, 1, BLOCK, KIND == "uint"),
+        block_pointers(means_ptr, band4, band, tile4, tiles, 1, BLOCK, HAS_MEANS),
+    )
+    scales, zeros, means = values_of_all(blocks_at, 0, tile4, valid4, SCALE, ZERO, BLOCK, False)
 
     # stored as [r, w, g, t * (columns of a lane)]
     rows = tl.arange(0, 2)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, :, None]
@@ -364,12 +358,7 @@ def dequantize_kernel(
             a = tl.permute(a.reshape(1, W, 8, 4, 2, 4, SPAN), (0, 1, 2, 3, 4, 6, 5))
             a = a.reshape(1, W, 8, 4, 2, 4 * SPAN).to(tl.float32)
             if KIND == "uint":
-                z = pick(
-                    zeros,
-                    zeros_ptr.dtype.element_ty,
-                    BLOCK,
-                    block_of(u, pair * SPAN, SUBTILES, BLOCK),
-                )
+                z = pick(zeros, ZERO, BLOCK, block_of(u, pair * SPAN, SUBTILES, BLOCK))
                 a -= z.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
             a *= s
             if HAS_MEANS:

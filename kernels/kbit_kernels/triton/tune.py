@@ -1,6 +1,6 @@
 """Search of configurations on the card at hand; `kbit tune` calls it, nothing else does."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median_low
@@ -24,10 +24,11 @@ from kbit_kernels.triton.configs import (
     tuned_path,
     write,
 )
-from kbit_kernels.triton.device import DeviceTensor, fused_linear
+from kbit_kernels.triton.device import DeviceTensor, fused_linear, overlapping
 from kbit_kernels.triton.measure import Timed, copies, cross_over_rows, medians_us, random_weight
 
 Shape = tuple[int, int]
+Progress = Callable[[float, int, str], None]  # done, of how many, and what now
 # (warps, stages) of gemm_kernel by the rows of x that a program holds
 GEMMS = {
     16: ((4, 4), (8, 4)),
@@ -49,29 +50,25 @@ class Found:
 
 
 def candidates(rows: int, n: int, k: int, gpu: str, sms: int) -> list[Config]:
-    """What is worth measuring: the rule's choice first, then its neighbours."""
+    """What is worth measuring: the rule's choice first, then its neighbours without overlap."""
     rule = heuristic(rows, n, k, gpu, sms)
     tiles = -(-k // COLUMNS)
     found = [rule]
-    for bands in (1, 2) if rule.rows_x <= 16 else (1,) if rule.rows_x <= LINEAR_ROWS else ():
-        for warps_n in (1, 2):
-            for warps_k in (1, 2, 4, 8):
-                if warps_n * warps_k > MAX_WARPS or warps_k > tiles:
-                    continue
-                for split in SPLITS:
-                    programs = -(-n // (16 * bands * warps_n)) * split
-                    warps = programs * warps_n * warps_k
-                    # fewer than 4 warps a multiprocessor can't load at full speed
-                    if warps_k * split <= tiles and 4 * sms <= warps <= 96 * sms:
-                        plain = Config(rule.rows_x, bands, warps_n, warps_k, split)
-                        found += [plain, replace(plain, overlap=True)]
+    for warps_n in (1, 2) if rule.rows_x <= LINEAR_ROWS else ():
+        for warps_k in (1, 2, 4, 8):
+            for split in SPLITS:
+                warps = -(-n // (16 * warps_n)) * split * warps_n * warps_k
+                # fewer than 4 warps a multiprocessor can't load at full speed
+                busy = 4 * sms <= warps <= 96 * sms
+                if warps_n * warps_k <= MAX_WARPS and warps_k * split <= tiles and busy:
+                    found.append(Config(rule.rows_x, 1, warps_n, warps_k, split))
     if gpu in GEMM_CLASSES:
         found += gemm_candidates(rows, n, k, sms)
     return list(dict.fromkeys(found))
 
 
 def gemm_candidates(rows: int, n: int, k: int, sms: int) -> list[Config]:
-    """Of gemm_kernel."""
+    """Of gemm_kernel, without overlap."""
     found = []
     for rows_x in (64, 128) if bucket(rows) == 128 else (bucket(rows),):
         for warps, stages in GEMMS.get(rows_x, ()):
@@ -79,54 +76,75 @@ def gemm_candidates(rows: int, n: int, k: int, sms: int) -> list[Config]:
                 programs = -(-n // (16 * warps)) * -(-rows // rows_x) * split
                 if split <= -(-k // COLUMNS) and (split == 1 or programs <= 4 * sms):
                     plain = Config(rows_x, 1, warps, 1, split, stages=stages)
-                    both = [plain, replace(plain, arranged=True)] if rows > LINEAR_ROWS else [plain]
-                    found += [replace(config, overlap=o) for config in both for o in (False, True)]
+                    found.append(plain)
+                    if rows > LINEAR_ROWS:
+                        found.append(replace(plain, arranged=True))
     return found
 
 
 def tune(
-    specs: Iterable[QuantSpec],
-    shapes: Iterable[Shape],
+    specs: Sequence[QuantSpec],
+    shapes: Sequence[Shape],
     rows: Iterable[int] = ROW_BUCKETS,
-    progress: Callable[[int, int, str], None] = lambda done, total, text: None,
+    progress: Progress = lambda done, total, text: None,
+    device: str = "cuda",
 ) -> Iterator[Found]:
     """Measure every candidate for each spec, shape and bucket of rows; yield the best of each.
 
     Every result is saved to `configs.tuned_path()` before the next search starts, so that an
-    interrupted run keeps what it found.
+    interrupted run keeps what it found. Most of the time goes into compiling, so `progress` is told
+    of every candidate, as a fraction of its entry.
     """
-    gpu, sms = gpu_class(torch.device("cuda", torch.cuda.current_device()))
-    jobs = [(s, shape, bucket(m)) for s in specs for shape in shapes for m in rows]
+    where = torch.device(device)
+    gpu, sms = gpu_class(where)
+    can_overlap = "launch_pdl" in overlapping(where, early=True)
+    buckets = list(dict.fromkeys(map(bucket, rows)))
+    jobs = [(spec, shape, m) for spec in specs for shape in shapes for m in buckets]
     for done, (spec, (n, k), m) in enumerate(jobs):
         key = entry_key(spec, m, n, k)
-        progress(done, len(jobs), f"{spec} {n}x{k}, {m} rows")
-        first = random_weight(spec, (n, k))
-        weights = [first]
-        weights += [random_weight(spec, (n, k)) for _ in range(copies(first.nbytes) - 1)]
-        x = torch.randn((m, k), dtype=torch.float16, device="cuda")
-        configs = candidates(m, n, k, gpu, sms)
-        configs = [config for config in configs if fits(config, spec)]
+        first = random_weight(spec, (n, k), device=device)
+        count = copies(first.nbytes) if device != "cpu" else 1
+        weights = [first, *(random_weight(spec, (n, k), device=device) for _ in range(count - 1))]
+        x = torch.randn((m, k), dtype=torch.float16, device=device)
 
         def timed(
             config: Config, x: torch.Tensor = x, weights: list[DeviceTensor] = weights
         ) -> Timed:
-            return Timed([partial(fused_linear, x, weight, config) for weight in weights])
+            return Timed([partial(fused_linear, x, weight, config) for weight in weights], device)
 
-        quick = {config: medians_us({"": timed(config)}, rounds=3)[""] for config in configs}
-        finalists = {str(c): c for c in (configs[0], *sorted(quick, key=quick.__getitem__)[:3])}
-        times = medians_us({name: timed(c) for name, c in finalists.items()})
-        best = min(times, key=times.__getitem__)
-        found = Found(key, finalists[best], times[best], times[str(configs[0])])
+        configs = [config for config in candidates(m, n, k, gpu, sms) if fits(config, spec)]
+        rule = configs[0]
+        quick = {}
+        for at, config in enumerate(configs):
+            progress(done + at / len(configs), len(jobs), f"{spec} {n}x{k}, {m} rows")
+            quick[config] = medians_us({"": timed(config)}, rounds=3)[""]
+        good = sorted(quick, key=quick.__getitem__)[:3]
+        # the same machine code, launched earlier
+        early = [replace(config, overlap=True) for config in good if can_overlap]
+        finalists = {str(config): config for config in (rule, *good, *early)}
+        times = medians_us({name: timed(config) for name, config in finalists.items()})
+        name = min(times, key=times.__getitem__)
+        found = Found(key, finalists[name], times[name], times[str(rule)])
         write(tuned_path(), gpu, {key: as_entry(found.config, f"tuned, {found.us:.1f} us")})
         yield found
     progress(len(jobs), len(jobs), "done")
 
 
-def tune_cross_over(specs: Iterable[QuantSpec], shapes: Iterable[Shape]) -> int:
+def tune_cross_over(
+    specs: Sequence[QuantSpec],
+    shapes: Sequence[Shape],
+    progress: Progress = lambda done, total, text: None,
+    device: str = "cuda",
+) -> int:
     """Measure from how many rows of x on dequantizing and cuBLAS is faster, save the median over
     specs and shapes, and return it."""
-    gpu, _ = gpu_class(torch.device("cuda", torch.cuda.current_device()))
-    found = [cross_over_rows(spec, shape) for spec in specs for shape in shapes]
+    gpu, _ = gpu_class(torch.device(device))
+    jobs = [(spec, shape) for spec in specs for shape in shapes]
+    found = []
+    for done, (spec, shape) in enumerate(jobs):
+        progress(done, len(jobs), f"{spec} {shape[0]}x{shape[1]} beside cuBLAS")
+        found.append(cross_over_rows(spec, shape, device))
     rows = median_low(found)
     write(tuned_path(), gpu, {}, cross_over_rows=rows)
+    progress(len(jobs), len(jobs), "done")
     return rows

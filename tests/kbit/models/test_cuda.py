@@ -25,6 +25,7 @@ from kbit.engine.torch_executor import TorchExecutor
 from kbit.errors import KbitError
 from kbit.models import describe_checkpoint
 from kbit_kernels import QuantSpec, dequantize, quantize
+from kbit_kernels.activations import ACTIVATIONS
 from tests.kbit.models.tiny import Tiny
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -204,6 +205,7 @@ SMALL = """
 import torch
 from kbit.engine import cuda_kernels as fused, torch_attention, torch_layers
 from kbit.engine.torch_cache import TorchCache
+from kbit_kernels.activations import ACTIVATIONS
 from types import SimpleNamespace
 
 torch.manual_seed(0)
@@ -215,11 +217,11 @@ for shape in ((3, 48), (2, 5, 14), (1, 1000)):
     half = x.half()
     same(fused.RmsNorm(weight, 1e-6)(x), torch_layers.RmsNorm(weight, None, 1e-6)(x))
     same(fused.RmsNorm(weight, 1e-6)(half), torch_layers.RmsNorm(weight, None, 1e-6)(half))
-for name in fused.ACTIVATIONS:
+for name in ACTIVATIONS:
     for F in (37, 1500):
         x = torch.randn(3, 2 * F) * 3
         gate, up = x.chunk(2, dim=-1)
-        same(fused.Gate(name)(x), torch_layers.ACTIVATIONS[name](gate) * up)
+        same(fused.Gate(name)(x), ACTIVATIONS[name](gate) * up)
 for half, D in ((8, 16), (5, 14), (3, 12)):
     qkv = torch.randn(5, 4 + 2 + 2, D)
     q, k, v = qkv.split((4, 2, 2), dim=1)
@@ -353,10 +355,7 @@ def test_small_kernels_compile() -> None:
         (cuda_kernels._attend_kernel, attend),
         (cuda_kernels._rms_norm_kernel, {"BLOCK": 1024}),
         (cuda_kernels._place_kernel, heads),
-        *(
-            (cuda_kernels._gate_kernel, {"ACTIVATION": name, "BLOCK": 1024})
-            for name in cuda_kernels.ACTIVATIONS
-        ),
+        *((cuda_kernels._gate_kernel, {"ACTIVATION": name, "BLOCK": 1024}) for name in ACTIVATIONS),
     ]
     for kernel, constants in cases:
         signature = {

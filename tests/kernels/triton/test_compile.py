@@ -4,6 +4,8 @@ By default some configurations of every chip; all of them, for all types, behind
 (and in `benchmarks/static_gpu.py`, which prints the table).
 """
 
+from dataclasses import replace
+
 import pytest
 
 pytest.importorskip("torch")
@@ -52,7 +54,8 @@ def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.
     binary = compiled.compile_linear(spec, chip, config, half)
     assert binary.spill_bytes == 0, binary
     assert binary.tensor_core > 0, binary
-    assert binary.wide_loads >= spec.bits * config.bands if chip in compiled.NVIDIA else 1, binary
+    wide = spec.bits * config.bands if chip in compiled.NVIDIA else 1
+    assert binary.wide_loads >= wide, binary
     assert binary.narrow_loads == 0, binary
     # Triton asks for more than 48 KB only if its own part is more; 1 KB is the system's
     own = binary.launch_bytes - binary.shared_bytes
@@ -97,8 +100,9 @@ def test_dequantize(chip: str) -> None:
 @pytest.mark.parametrize("spec", ALL_SPECS)
 @pytest.mark.parametrize("chip", compiled.CHIPS)
 def test_every_shipped_configuration(chip: str, spec: str, half: str) -> None:
-    fitting = [c for c in configs.shipped_configs(chip) if configs.fits(c, QuantSpec.parse(spec))]
-    for config in sorted(fitting, key=str):
+    shipped = configs.shipped_configs(chip, QuantSpec.parse(spec))
+    # whether a launch may overlap is not compiled
+    for config in sorted({replace(c, overlap=False) for c in shipped}, key=str):
         binary = check(chip, spec, config, half)
         if chip in compiled.NVIDIA:
             check_loop(chip, spec, binary, config)

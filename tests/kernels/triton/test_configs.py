@@ -105,6 +105,17 @@ def test_a_measured_cross_over_goes_before_the_shipped_one(cache: Path) -> None:
     assert configs.choose_for(SPEC, 129, 8192, 8192, "sm_80", 108)[0] is None
 
 
+def test_what_is_tried_goes_before_everything(cache: Path) -> None:
+    import torch
+
+    cpu, config = torch.device("cpu"), Config(8, 1, 2, 2, 4)
+    chosen = configs.choose(SPEC, 200, 8192, 8192, cpu)
+    with configs.trying({(8192, 8192): config}):
+        assert configs.choose(SPEC, 200, 8192, 8192, cpu) == config
+        assert configs.choose(SPEC, 200, 4096, 8192, cpu) is None
+    assert configs.choose(SPEC, 200, 8192, 8192, cpu) == chosen
+
+
 @pytest.mark.parametrize(
     "text", ["{", "[]", '{"classes": {"sm_100": {"entries": {"k4-m8-1x32": {"rows_x": 8}}}}}']
 )
