@@ -52,6 +52,7 @@ $(VENV)/bench: $(VENV)/test
 $(VENV)/variants: $(VENV)/bench
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
 	    $(INSTALL) --no-deps --no-cache-dir --no-binary llama-cpp-python --target $@ llama-cpp-python
+	@touch $@
 
 bench: $(BENCHES)  ## CPU speed, memory, start beside llama.cpp and others; README's table and plot
 	$(BIN)/python benchmarks/plot.py
