@@ -136,7 +136,7 @@ def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     specs += ["int4-row", "int3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64", "int4-b64-center"]
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
-    jobs = min(12, os.cpu_count() or 1)
+    jobs = min(16, os.cpu_count() or 1)
     wrong: dict[str, list[str]] = {}
     with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
         attention = pool.submit(attention_gate, scale)

@@ -104,7 +104,7 @@ def _compile(
         "words_ptr": "*i16",
         "scales_ptr": f"*{spec.scale_dtype}",
         "means_ptr": f"*{spec.scale_dtype}",
-        "zeros_ptr": "*i8" if zeros_dtype(spec) is np.int8 else "*i16",
+        "zeros_ptr": "*u8" if zeros_dtype(spec) is np.uint8 else "*i16",
         "table_ptr": "*i32" if constants["PTX"] else f"*{half}",
         "partial_ptr": "*fp32",
         "counter_ptr": "*i32",

@@ -1,7 +1,8 @@
 """Which configuration runs a product: the user's tuning, the shipped table, then a rule.
 
-`configs.json` has one entry per class of GPU; `kbit tune` writes the same form to the cache
-directory. An entry says for which bits, rows of x and shape it was found, and how.
+`configs.json` has one part per class of GPU; `kbit tune` writes the same form to the cache
+directory. The name of an entry says for which decoding, bits, rows of x and shape it was found.
+Types without entries of their own take those of `int`.
 """
 
 import json
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from kbit_kernels.errors import KbitError
 from kbit_kernels.spec import QuantSpec
-from kbit_kernels.triton.layout import COLUMNS, ROWS, scheme_of
+from kbit_kernels.triton.layout import COLUMNS, ROWS, kind_of, scheme_of
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +44,8 @@ class Config:
         stages: 0: kernels.linear_kernel. Else gemm.gemm_kernel, with so many tiles of weights and x
             on their way through shared memory.
         arranged: x is brought into the order of gemm_kernel by a kernel of its own before.
+        registers: how many a lane may have at most, so that more programs fit a multiprocessor; 0:
+            as many as the compiler likes.
     """
 
     rows_x: int
@@ -53,6 +56,7 @@ class Config:
     overlap: bool = False
     stages: int = 0
     arranged: bool = False
+    registers: int = 0
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Config":
@@ -66,6 +70,7 @@ class Config:
             bool(entry.get("overlap", False)),
             int(entry.get("stages", 0)),
             bool(entry.get("arranged", False)),
+            int(entry.get("registers", 0)),
         )
 
 
@@ -113,6 +118,8 @@ def heuristic(rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     wanted = sms * WARPS_PER_SM
     # where fewer warps a band are enough, more bands at once meet better than more columns
     most = MAX_WARPS // 2 if bands_total * MAX_WARPS // 2 >= wanted else MAX_WARPS
+    if rows_x == LINEAR_ROWS:
+        most = 4  # sums of so many rows take registers: 37 instead of 46 us on an H100 at 4 bits
     warps_k = min(most, power_of_two(tiles))
     split = min(power_of_two(tiles // warps_k), power_of_two(wanted // (bands_total * warps_k)))
     return Config(rows_x, 1, 1, warps_k, max(1, min(split, 8)))
@@ -134,10 +141,13 @@ SHIPPED_SHAPES = ((4096, 4096), (8192, 8192), (14336, 4096), (4096, 14336), (286
 def shipped_configs(gpu: str, spec: QuantSpec) -> set[Config]:
     """Every configuration that `spec` can get from the shipped table, for any shape in it, or from
     the rule, for the shapes above."""
-    found = set()
-    for key, entry in _read(SHIPPED)["classes"][gpu]["entries"].items():
-        if key.startswith(f"k{spec.bits}-"):
-            found.add(Config.of(entry))
+    best = {}
+    for decoding in reversed(_decodings(spec)):
+        for key, entry in _read(SHIPPED)["classes"][gpu]["entries"].items():
+            name, _, place = key.partition("-")
+            if name == decoding:
+                best[place] = Config.of(entry)
+    found = set(best.values())
     for n, k in SHIPPED_SHAPES:
         for rows in ROW_BUCKETS:
             found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
@@ -176,9 +186,16 @@ def sources(gpu: str) -> dict[str, int]:
     }
 
 
-def entry_key(spec: QuantSpec, rows: int, n: int, k: int) -> str:
-    """The name of one entry: bits, bucket of rows, shape; data types and blocks share entries."""
-    return f"k{spec.bits}-m{bucket(rows)}-{n}x{k}"
+def _decodings(spec: QuantSpec) -> tuple[str, ...]:
+    """Whose entries `spec` takes, best first: k4 (`int`'s), uint4, fp6, table8 and the like."""
+    kind, shared = kind_of(spec), f"k{spec.bits}"
+    return (shared,) if kind == "int" else (f"{kind}{spec.bits}", shared)
+
+
+def entry_keys(spec: QuantSpec, rows: int, n: int, k: int) -> list[str]:
+    """Names of the entries for a product, best first: how codes are decoded and their bits, bucket
+    of rows, shape; blocks of all sizes share entries."""
+    return [f"{decoding}-m{bucket(rows)}-{n}x{k}" for decoding in _decodings(spec)]
 
 
 def write(path: Path, gpu: str, entries: dict[str, dict[str, Any]], **about: Any) -> None:
@@ -198,8 +215,8 @@ def write(path: Path, gpu: str, entries: dict[str, dict[str, Any]], **about: Any
 
 
 def as_entry(config: Config, source: str) -> dict[str, Any]:
-    """The JSON of a configuration."""
-    return {**asdict(config), "source": source}
+    """The JSON of a configuration, without what it does not do."""
+    return {**{name: value for name, value in asdict(config).items() if value}, "source": source}
 
 
 @lru_cache(maxsize=16)
@@ -228,11 +245,11 @@ def _tables(gpu: str) -> list[tuple[dict[str, Any], str]]:
 def fused_for(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) -> tuple[Config, str]:
     """The configuration of the fused product, and where it comes from."""
     for table, source in _tables(gpu):
-        entry = table["entries"].get(entry_key(spec, rows, n, k))
-        if entry is not None:
-            config = Config.of(entry)
-            if fits(config, spec):
-                return config, source
+        for key in entry_keys(spec, rows, n, k):
+            if key in table["entries"]:
+                config = Config.of(table["entries"][key])
+                if fits(config, spec):
+                    return config, source
     return heuristic(rows, n, k, gpu, sms), "rule"
 
 

@@ -5,7 +5,8 @@ half2 per output: both halves are computed alike, so the step is elementwise on 
 words where codes are looked up in twos). Integers are
 decoded by the magic number: a code OR-ed into the mantissa of 2^m (m mantissa bits: 1024.0 in fp16,
 128.0 in bf16) is 2^m + code; p bits higher up, into that of 2^(m-p), it is 2^(m-p) + code. One
-subtraction, exact, gives the value. `functions._decode_plain` says the same in Triton, for the
+subtraction, exact, gives the value: of 2^(m-p) and the middle of the codes, or of 2^(m-p) and the
+zero point, which is made like a code. `functions._decode_plain` says the same in Triton, for the
 interpreter and for chips that do not speak PTX.
 """
 
@@ -16,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kbit_kernels.triton.layout import Scheme
+from kbit_kernels.triton.layout import COLUMNS, Scheme
 
 HALF_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 MANTISSA_BITS = {"fp16": 10, "bf16": 7}
@@ -108,36 +109,69 @@ def _merge(writer: _Writer, scheme: Scheme, group: int, words: list[str]) -> str
     return writer.select(_every(ones, scheme.slot), aligned, writer.shift(merged, move))
 
 
-def _subtract(writer: _Writer, value: str, constant: float, dtype: str) -> str:
+def _minus(writer: _Writer, value: str, other: str, dtype: str) -> str:
     if dtype == "fp16":
-        return writer.emit(
-            "sub.rn.f16x2", value, writer.constant(twice(half_bits(constant, dtype)))
-        )
+        return writer.emit("sub.rn.f16x2", value, other)
+    minus_one = writer.constant(twice(half_bits(-1.0, dtype)))
+    return writer.emit("fma.rn.bf16x2", other, minus_one, value)
+
+
+def _minus_constant(writer: _Writer, value: str, constant: float, dtype: str) -> str:
+    if dtype == "fp16":
+        return _minus(writer, value, writer.constant(twice(half_bits(constant, dtype))), dtype)
     one = writer.constant(twice(half_bits(1.0, dtype)))
     minus = writer.constant(twice(half_bits(-constant, dtype)))
     return writer.emit("fma.rn.bf16x2", value, one, minus)
 
 
-def _integers(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[str]:
-    """Codes minus 2^(k-1), exact."""
+def _bytes_minus_128(writer: _Writer, word: str) -> str:
+    """Bytes in the lower half of 16 bits, minus 128, in bf16, whose mantissa holds only seven bits:
+    the low seven, minus 256 or, where the top is set, 128."""
+    magic = twice(half_bits(128.0, "bf16"))
+    low = writer.and_or(word, twice(0x7F), magic)
+    high = writer.emit("lop3.b32", word, twice(0x80), magic, "0xae")  # (~a & b) | c
+    return _minus(writer, low, high, "bf16")
+
+
+def _zero(writer: _Writer, scheme: Scheme, place: tuple[str, int], power: float, dtype: str) -> str:
+    """power + the zero point at a place (register, byte), which a byte permute puts into the
+    mantissa of 1024.0 or 128.0; or where that has no room for it, the zero point - 128."""
+    register, byte = place
+    both = f"0x5{byte}5{byte}"  # the upper byte of what follows
+    if scheme.bits > MANTISSA_BITS[dtype]:
+        return _bytes_minus_128(writer, writer.emit("prmt.b32", register, "0", both))
+    least = float(1 << MANTISSA_BITS[dtype])
+    zero = writer.emit("prmt.b32", register, twice(half_bits(least, dtype)), both)
+    return zero if power == least else _minus_constant(writer, zero, least - power, dtype)
+
+
+def _integers(
+    writer: _Writer, scheme: Scheme, merged: str, dtype: str, zeros: list[tuple[str, int]]
+) -> list[str]:
+    """Codes minus 2^(k-1) or, where there are `zeros` of the slots, minus those; exact."""
     bits, mantissa = scheme.bits, MANTISSA_BITS[dtype]
     middle = float(1 << (bits - 1))
     mask = (1 << bits) - 1
-    shifts, results = [0], []
+    shifts = [0]
+    results: list[str] = []
+
+    def subtract(value: str, power: float) -> None:
+        if zeros:
+            zero = _zero(writer, scheme, zeros[len(results)], power, dtype)
+            results.append(_minus(writer, value, zero, dtype))
+        else:
+            results.append(_minus_constant(writer, value, power + middle, dtype))
+
     for position in range(0, 16, scheme.slot):
-        if (
-            bits > mantissa
-        ):  # 8 bits in bf16: the low seven, minus 256 or, where the top is set, 128
-            word = writer.shift(merged, position)
-            magic = twice(half_bits(128.0, dtype))
-            low = writer.and_or(word, twice(0x7F), magic)
-            high = writer.emit("lop3.b32", word, twice(0x80), magic, "0xae")  # (~a & b) | c
-            minus_one = writer.constant(twice(half_bits(-1.0, dtype)))
-            results.append(writer.emit("fma.rn.bf16x2", high, minus_one, low))
+        if bits > mantissa:
+            value = _bytes_minus_128(writer, writer.shift(merged, position))
+            if zeros:
+                subtract(value, 0.0)
+            else:
+                results.append(value)
             continue
         if bits == 8 and position == 8:  # a byte permute saves the shift
-            register = writer.emit("prmt.b32", merged, "0x64646464", "0x4341")
-            results.append(_subtract(writer, register, 1024.0 + middle, dtype))
+            subtract(writer.emit("prmt.b32", merged, "0x64646464", "0x4341"), 1024.0)
             continue
         fitting = [s for s in shifts if 0 <= position - s <= mantissa - bits]
         if not fitting:
@@ -148,7 +182,7 @@ def _integers(writer: _Writer, scheme: Scheme, merged: str, dtype: str) -> list[
         register = writer.and_or(
             writer.shift(merged, fitting[0]), twice(mask << place), twice(half_bits(power, dtype))
         )
-        results.append(_subtract(writer, register, power + middle, dtype))
+        subtract(register, power)
     return results
 
 
@@ -186,32 +220,44 @@ def _lookups(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list
     return [writer.emit("prmt.b32", found[slot], found[slot + 2], "0x5410") for slot in (0, 1)]
 
 
+def zero_words(scheme: Scheme, block: int) -> int:
+    """Registers that hold the zero points of a row for one sub-tile, four bytes each."""
+    columns = COLUMNS // scheme.subtiles
+    return -(-columns // block // 4) if 0 < block < columns else 1
+
+
 @lru_cache(maxsize=256)
-def decode_ptx(scheme: Scheme, dtype: str) -> tuple[str, str]:
+def decode_ptx(scheme: Scheme, dtype: str, block: int = 64) -> tuple[str, str]:
     """The PTX of one step and its constraints.
 
     Operands: one result per output; one register of two words per chunk; then, for tables, the
-    lane's address in shared memory, twice (Triton passes 32-bit arguments once per word of the
-    pair).
+    lane's address in shared memory, or for zero points, `zero_words` registers: each twice (Triton
+    passes 32-bit arguments once per word of the pair).
 
     Args:
         scheme: layout and kind.
         dtype: "fp16" or "bf16", of the values.
+        block: weights that share a zero point; 0: a row.
     """
     writer = _Writer()
     words = [f"${scheme.outputs + chunk}" for chunk in range(scheme.chunks)]
-    address = f"${scheme.outputs + scheme.chunks}"
+    first = scheme.outputs + scheme.chunks
     results: list[str] = []
     for group in range(scheme.outputs // scheme.slots):
         merged = _merge(writer, scheme, group, words)
         if scheme.kind == "table":
-            results += _lookups(writer, scheme, merged, address)
+            results += _lookups(writer, scheme, merged, f"${first}")
         elif scheme.kind == "fp":
             results += _floats(writer, scheme, merged, dtype)
         else:
-            results += _integers(writer, scheme, merged, dtype)
-    inputs = scheme.chunks + (2 if scheme.kind == "table" else 0)
-    constraints = ["=r"] * scheme.outputs + ["r"] * inputs
+            zeros = []
+            for output in range(len(results), len(results) + scheme.slots):
+                index = output * 16 // block if block else 0
+                zeros.append((f"${first + 2 * (index // 4)}", index % 4))
+            zeros = zeros if scheme.kind == "uint" else []
+            results += _integers(writer, scheme, merged, dtype, zeros)
+    twofold = {"table": 1, "uint": zero_words(scheme, block)}.get(scheme.kind, 0)
+    constraints = ["=r"] * scheme.outputs + ["r"] * (scheme.chunks + 2 * twofold)
     return writer.text(results), ",".join(constraints)
 
 
@@ -252,11 +298,6 @@ FENCE_PTX = "bar.warp.sync 0xffffffff;\nmov.b32 $0, 0;"
 
 # a program's indices
 PROGRAM_PTX = tuple(f"mov.u32 $0, %ctaid.{axis};" for axis in "xyz")
-
-SUBTRACT_PTX = {
-    "fp16": "sub.rn.f16x2 $0, $1, $2;",
-    "bf16": "{\n.reg .b32 m;\nmov.b32 m, 0xbf80bf80;\nfma.rn.bf16x2 $0, $2, m, $1;\n}",
-}
 
 # of halves; a product of fp16 is rounded once
 SCALE_PTX = "mul.rn.f16x2 $0, $1, $2;"

@@ -20,7 +20,6 @@ from kbit_kernels.triton.decode import (
     PROGRAM_PTX,
     SCALE_PTX,
     SHARED_TABLE_PTX,
-    SUBTRACT_PTX,
     decode_ptx,
     table_words,
 )
@@ -41,7 +40,7 @@ class DeviceTensor:
         dtype: of the activations, fp16 or bf16.
         words: int16 `[bands, tiles, 256k]`.
         scales: by `layout.tile_blocks`.
-        zeros: int8, zero minus 2^(k-1), likewise; None without a zero point.
+        zeros: `zeros_dtype`, likewise; None without a zero point.
         means: likewise; None if not centered.
         table: int32 `[256]` for the PTX path, or the codebook in `dtype` for the plain one.
         factor: what the decoded values are multiplied by, beside the scales.
@@ -118,8 +117,7 @@ def prepare(
 
     zeros = means = table = columns = outliers = residual = None
     if plain.zeros is not None:
-        middle = 1 << (spec.bits - 1)
-        zeros = blocks((plain.zeros.astype(np.int16) - middle).astype(zeros_dtype(spec)))
+        zeros = blocks(plain.zeros.astype(zeros_dtype(spec)))
     if plain.means is not None:
         means = blocks(plain.means)
     if scheme.kind == "table":
@@ -165,10 +163,10 @@ def factor_of(spec: QuantSpec) -> float:
     return 1.0 / (2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
 
 
-def zeros_dtype(spec: QuantSpec) -> type[np.signedinteger[Any]]:
-    """Of zero points minus 2^(k-1). Where a lane has one a row it is loaded by itself, and Triton
-    orders the columns of an operand that is made from loaded bytes differently."""
-    return np.int8 if 0 < spec.block < COLUMNS else np.int16
+def zeros_dtype(spec: QuantSpec) -> type[np.integer[Any]]:
+    """Of zero points. Where a lane has one a row it is loaded by itself, and Triton orders the
+    columns of an operand that is made from loaded bytes differently."""
+    return np.uint8 if 0 < spec.block < COLUMNS else np.int16
 
 
 def _outlier_residual(tensor: QuantizedTensor) -> np.ndarray:
@@ -206,7 +204,7 @@ def kernel_spec(spec: QuantSpec) -> QuantSpec:
 def decoder_constants(spec: QuantSpec, half: str, use_ptx: bool) -> dict[str, Any]:
     """The constexpr arguments that both kernels take for `spec`."""
     scheme = scheme_of(spec)
-    ptx, constraints = decode_ptx(scheme, half) if use_ptx else ("", "")
+    ptx, constraints = decode_ptx(scheme, half, spec.block) if use_ptx else ("", "")
     fields = tuple(tuple((f.chunk, f.bit, f.width, f.offset) for f in o) for o in scheme.fields)
     return {
         "BITS": scheme.bits,
@@ -232,7 +230,6 @@ def linear_constants(
     tiles = -(-columns // COLUMNS)
     both = {
         **decoder_constants(spec, half, use_ptx),
-        "SUBTRACT": SUBTRACT_PTX[half] if use_ptx else "",
         "EVEN_K": columns % COLUMNS == 0,
         "BM": config.rows_x,
         "SPLIT": config.split,
@@ -269,7 +266,8 @@ def launch_warps(warps: int, amd: bool) -> int:
 def launch_options(config: Config, amd: bool) -> dict[str, int]:
     """Triton's options for the kernel of `config`."""
     warps = launch_warps(config.warps_n * config.warps_k, amd)
-    return {"num_warps": warps, "num_stages": max(1, config.stages)}
+    limit = {"maxnreg": config.registers} if config.registers else {}
+    return {"num_warps": warps, "num_stages": max(1, config.stages), **limit}
 
 
 def overlapping(device: torch.device, early: bool = False) -> dict[str, bool]:

@@ -170,12 +170,14 @@ def _bits(word, WIDTH: tl.constexpr, OFFSET: tl.constexpr):
 @triton.jit
 def _decode_plain(
     words,
+    registers,
     table_ptr,
     OUTPUT: tl.constexpr,
     FIELDS: tl.constexpr,
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr,
     DT: tl.constexpr,
 ):
     """Output OUTPUT of a sub-tile: what `decode.decode_ptx` computes, in plain Triton."""
@@ -206,6 +208,10 @@ def _decode_plain(
         else:  # as the upper half of an fp32: the interpreter misreads bf16 below 2^-126
             value = ((sign | magnitude) << 16).to(tl.float32, bitcast=True)
         value = (value * (2.0 ** (bias - ((1 << EXPONENT) - 1)))).to(DT)
+    elif KIND == "uint":
+        index: tl.constexpr = OUTPUT * 16 // BLOCK if BLOCK > 0 else 0
+        zero = (registers[index // 4] >> (8 * (index % 4))) & 0xFF
+        value = (code - zero).to(tl.float32).to(DT)
     else:
         value = (code - (1 << (BITS - 1))).to(tl.float32).to(DT)
     return value
@@ -222,14 +228,18 @@ def decode(
     BITS: tl.constexpr,
     KIND: tl.constexpr,
     EXPONENT: tl.constexpr,
+    BLOCK: tl.constexpr,
     DT: tl.constexpr,
 ):
-    """All outputs of a sub-tile, a tuple of tensors shaped like a chunk."""
+    """All outputs of a sub-tile, a tuple of tensors shaped like a chunk. `registers`: what `table`
+    gives, or `zero_words`."""
     if PTX == "":
         values = ()
         for j in tl.static_range(len(FIELDS)):
             values = values + (
-                _decode_plain(words, table_ptr, j, FIELDS, BITS, KIND, EXPONENT, DT),
+                _decode_plain(
+                    words, registers, table_ptr, j, FIELDS, BITS, KIND, EXPONENT, BLOCK, DT
+                ),
             )
     else:
         # said to be impure, else Triton looks through it at what was loaded, and orders the left
@@ -401,20 +411,42 @@ def _stacked(words):
     return stacked
 
 
+@triton.constexpr_function
+def _zero_bit(subtile, subtiles, block, register):
+    """Where, among a row's packed zero points, those of a sub-tile's register begin."""
+    first = subtile * (256 // subtiles) // block if 0 < block < 256 else 0
+    return (first + 4 * register) * 8
+
+
+@triton.jit
+def zero_words(
+    packed, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUBTILE: tl.constexpr, SUBTILES: tl.constexpr
+):
+    """The zero points of a sub-tile for the words of a chunk, one a byte: a tuple of int32
+    `[R, W, 32, 8]`."""
+    R: tl.constexpr = packed[0].shape[0]
+    W: tl.constexpr = packed[0].shape[1]
+    BITS: tl.constexpr = _packed_bits(BLOCK, WIDTH)
+    ROW: tl.constexpr = max(1, 256 // BLOCK if BLOCK > 0 else 1) * WIDTH
+    columns: tl.constexpr = 256 // SUBTILES
+    count: tl.constexpr = (columns // BLOCK + 3) // 4 if BLOCK > 0 and BLOCK < columns else 1
+    words = ()
+    for i in tl.static_range(count):
+        AT: tl.constexpr = _zero_bit(SUBTILE, SUBTILES, BLOCK, i)
+        low = (packed[AT // BITS] >> (AT % BITS)).to(tl.int32).reshape(R, W, 32, 1)
+        high = packed[(ROW + AT) // BITS] >> ((ROW + AT) % BITS)
+        high = high.to(tl.int32).reshape(R, W, 32, 1)
+        words = words + (tl.where(tl.arange(0, 8)[None, None, None, :] < 4, low, high),)
+    return words
+
+
 @triton.jit
 def _unpack(packed, DTYPE: tl.constexpr, BLOCK: tl.constexpr, INDEX: tl.constexpr):
     WIDTH: tl.constexpr = DTYPE.primitive_bitwidth
     BITS: tl.constexpr = _packed_bits(BLOCK, WIDTH)
-    SHIFT: tl.constexpr = INDEX * WIDTH % BITS
-    word = packed[INDEX * WIDTH // BITS]
-    if DTYPE == tl.int8:
-        # never as bytes, for which Triton would order the left operand's columns differently
-        word = (word >> (SHIFT // 32 * 32)).to(tl.int32)
-        value = (word << (24 - SHIFT % 32)) >> 24
-    else:
-        kind: tl.constexpr = tl.int32 if WIDTH == 32 else tl.int16
-        value = (word >> SHIFT).to(kind).to(DTYPE, bitcast=True)
-    return value
+    kind: tl.constexpr = tl.int32 if WIDTH == 32 else tl.int16
+    word = packed[INDEX * WIDTH // BITS] >> (INDEX * WIDTH % BITS)
+    return word.to(kind).to(DTYPE, bitcast=True)
 
 
 @triton.jit

@@ -29,6 +29,7 @@ from kbit_kernels.triton.functions import (
     tile_words,
     values_of_all,
     word_values,
+    zero_words,
 )
 
 
@@ -119,7 +120,6 @@ def gemm_kernel(
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
-    SUBTRACT: tl.constexpr,
     SCALING: tl.constexpr,
     FILL: tl.constexpr,
     OVERLAPS: tl.constexpr,
@@ -157,19 +157,24 @@ def gemm_kernel(
         block_pointers(zeros_ptr, band, last_band, none, tiles, 1, BLOCK, KIND == "uint"),
         block_pointers(means_ptr, band, last_band, none, tiles, 1, BLOCK, HAS_MEANS),
     )
+    # asked for a step ahead: what Triton brings through shared memory lies there as it was loaded,
+    # and 32 lanes would read these few values from the same banks
+    first = tl.program_id(2)
+    scales, zeros, means = values_of_all(
+        blocks_at, first, first + none, always, SCALE, ZERO, BLOCK, True
+    )
     acc = tl.zeros([W * 16, BM], tl.float32)
     after_others(OVERLAPS)
-    for step in range(tl.program_id(2), tiles, SPLIT):
-        tile4 = step + none
-        scales, zeros, means = values_of_all(
-            blocks_at, step, tile4, always, SCALE, ZERO, BLOCK, True
-        )
+    for step in range(first, tiles, SPLIT):
         values = ()
         for u in tl.static_range(SUBTILES):
             at = w_ptrs + step * (BITS * 128)
+            operands = registers
+            if KIND == "uint":
+                operands = zero_words(zeros, ZERO.primitive_bitwidth, BLOCK, u, SUBTILES)
             outputs = decode(
                 halves(tile_words(at, always, u * CHUNKS, CHUNKS, True)),
-                registers,
+                operands,
                 table_ptr,
                 PTX,
                 CONSTRAINTS,
@@ -177,6 +182,7 @@ def gemm_kernel(
                 BITS,
                 KIND,
                 EXPONENT,
+                BLOCK,
                 DT,
             )
             values = values + taken(outputs, 0, OUTPUTS)
@@ -191,14 +197,6 @@ def gemm_kernel(
                 four = ()
                 for i in tl.static_range(4):
                     a = values[q * 4 + i]
-                    if KIND == "uint":
-                        z = word_values(zeros, ZERO, BLOCK, block_of(0, q * 4 + i, 1, BLOCK), DT)
-                        if SUBTRACT == "":
-                            a = (a.to(tl.float32) - z.to(tl.float32)).to(DT)
-                        else:
-                            a = tl.inline_asm_elementwise(
-                                SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=False, pack=2
-                            )
                     if BLOCK != 0:
                         a = _scaled(
                             a,
@@ -216,6 +214,11 @@ def gemm_kernel(
                 a = tl.join(tl.join(four[0], four[1]), tl.join(four[2], four[3]))
                 a = tl.permute(a.reshape(1, W, 8, 4, 2, 2, 2, 2, 2), (0, 1, 4, 2, 8, 7, 5, 3, 6))
                 acc = dot(a.reshape(W * 16, 64), tl.trans(x), acc)
+        # not earlier: in other registers they would be moved, and so waited for, within the step
+        tile4 = step + SPLIT + none
+        scales, zeros, means = values_of_all(
+            blocks_at, step + SPLIT, tile4, tile4 < tiles, SCALE, ZERO, BLOCK, False
+        )
     finish(
         acc,
         pid_n,

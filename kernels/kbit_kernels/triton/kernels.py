@@ -33,7 +33,7 @@ from kbit_kernels.triton.functions import (
     taken,
     tile_words,
     values_of_all,
-    word_values,
+    zero_words,
 )
 
 
@@ -76,7 +76,6 @@ def linear_kernel(
     SPLIT: tl.constexpr,
     PTX: tl.constexpr,
     CONSTRAINTS: tl.constexpr,
-    SUBTRACT: tl.constexpr,
     FILL: tl.constexpr,
     FENCE: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -159,9 +158,12 @@ def linear_kernel(
                 chunks = taken(words, u * CHUNKS, CHUNKS)
             else:
                 chunks = tile_words(w_ptrs, valid4, u * CHUNKS, CHUNKS, EVEN_TILES)
+            operands = registers
+            if KIND == "uint":
+                operands = zero_words(zeros, ZERO.primitive_bitwidth, BLOCK, u, SUBTILES)
             values = decode(
                 halves(chunks),
-                registers,
+                operands,
                 table_ptr,
                 PTX,
                 CONSTRAINTS,
@@ -169,6 +171,7 @@ def linear_kernel(
                 BITS,
                 KIND,
                 EXPONENT,
+                BLOCK,
                 DT,
             )
             for pair in tl.static_range(OUTPUTS // SPAN):
@@ -198,21 +201,6 @@ def linear_kernel(
                     else:
                         x_d = x_odd
                     a = values[pair * SPAN + d]
-                    if KIND == "uint":
-                        z = word_values(
-                            zeros,
-                            ZERO,
-                            BLOCK,
-                            block_of(u, pair * SPAN + d, SUBTILES, BLOCK),
-                            DT,
-                        )
-                        if SUBTRACT == "":
-                            a = (a.to(tl.float32) - z.to(tl.float32)).to(DT)
-                        else:
-                            # impure, like what decodes
-                            a = tl.inline_asm_elementwise(
-                                SUBTRACT, "=r,r,r", [a, z], dtype=a.dtype, is_pure=False, pack=2
-                            )
                     # [R, w, g, t, r, hi, lo] -> [w, rows = (R, r, g), k]
                     a = a.reshape(R, W, 8, 4, 2, 2, 2)
                     a = tl.permute(a, (1, 0, 4, 2, 5, 3, 6))
@@ -344,8 +332,11 @@ def dequantize_kernel(
             words = words + (
                 tl.load(at, mask=tile4 < tiles, other=0, eviction_policy="evict_first"),
             )
+        operands = registers
+        if KIND == "uint":
+            operands = zero_words(zeros, ZERO.primitive_bitwidth, BLOCK, u, SUBTILES)
         values = decode(
-            words, registers, table_ptr, PTX, CONSTRAINTS, FIELDS, BITS, KIND, EXPONENT, DT
+            words, operands, table_ptr, PTX, CONSTRAINTS, FIELDS, BITS, KIND, EXPONENT, BLOCK, DT
         )
         for pair in tl.static_range(OUTPUTS // SPAN):
             # the outputs of a pair lie in one block
@@ -357,9 +348,6 @@ def dequantize_kernel(
             # [1, w, g, t, r, i, d] -> [1, w, g, t, r, (d, i)]
             a = tl.permute(a.reshape(1, W, 8, 4, 2, 4, SPAN), (0, 1, 2, 3, 4, 6, 5))
             a = a.reshape(1, W, 8, 4, 2, 4 * SPAN).to(tl.float32)
-            if KIND == "uint":
-                z = pick(zeros, ZERO, BLOCK, block_of(u, pair * SPAN, SUBTILES, BLOCK))
-                a -= z.to(tl.float32).reshape(1, W, 8, 4, 2, 1)
             a *= s
             if HAS_MEANS:
                 mean = pick(means, SCALE, BLOCK, block_of(u, pair * SPAN, SUBTILES, BLOCK))

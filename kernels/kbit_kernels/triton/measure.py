@@ -62,7 +62,7 @@ def random_weight(
     words = torch.empty((bands, tiles, spec.bits * CHUNK_WORDS), dtype=torch.int16, device=device)
     zeros = None
     if scheme.kind == "uint":
-        kind = torch.int8 if zeros_dtype(kernel) is np.int8 else torch.int16
+        kind = torch.uint8 if zeros_dtype(kernel) is np.uint8 else torch.int16
         zeros = torch.zeros(groups, dtype=kind, device=device)
     return DeviceTensor(
         spec=spec,

@@ -52,16 +52,29 @@ def test_tuning_goes_before_the_rule(cache: Path) -> None:
     assert source == "rule"
     better = Config(8, 2, 1, 4, 2)
     assert better != config
-    key = configs.entry_key(SPEC, 3, 8192, 8192)
+    key = configs.entry_keys(SPEC, 3, 8192, 8192)[0]
     configs.write(cache, "sm_100", {key: configs.as_entry(better, "tuned")})
     assert configs.choose_for(SPEC, 1, 8192, 8192, *ARGUMENTS) == (better, "tuned")
     assert configs.choose_for(SPEC, 1, 4096, 4096, *ARGUMENTS)[1] == "rule"
     assert configs.choose_for(SPEC, 1, 8192, 8192, "sm_80", 108)[1] == "rule"
 
 
+def test_types_take_the_entries_of_int_unless_they_have_their_own(cache: Path) -> None:
+    other, own = QuantSpec("uint", 4), Config(8, 1, 1, 4, 1)
+    [key] = configs.entry_keys(SPEC, 3, 8192, 8192)
+    configs.write(cache, "sm_100", {key: configs.as_entry(Config(8, 1, 1, 2, 2), "tuned")})
+    assert configs.choose_for(other, 3, 8192, 8192, *ARGUMENTS)[0] == Config(8, 1, 1, 2, 2)
+    first, second = configs.entry_keys(other, 3, 8192, 8192)
+    assert second == key
+    configs.write(cache, "sm_100", {first: configs.as_entry(own, "tuned")})
+    assert configs.choose_for(other, 3, 8192, 8192, *ARGUMENTS)[0] == own
+    assert configs.choose_for(SPEC, 3, 8192, 8192, *ARGUMENTS)[0] == Config(8, 1, 1, 2, 2)
+    assert configs.entry_keys(QuantSpec("nf", 4), 1, 8, 32)[0] == "table4-m8-8x32"
+
+
 def test_a_tuned_entry_that_a_table_has_no_room_for(cache: Path) -> None:
     big = Config(32, 2, 4, 2, 2)
-    key = configs.entry_key(SPEC, 32, 8192, 8192)
+    key = configs.entry_keys(SPEC, 32, 8192, 8192)[0]
     configs.write(cache, "sm_100", {key: configs.as_entry(big, "tuned")})
     assert configs.choose_for(SPEC, 32, 8192, 8192, *ARGUMENTS) == (big, "tuned")
     assert configs.choose_for(QuantSpec("nf", 4), 32, 8192, 8192, *ARGUMENTS)[1] == "rule"

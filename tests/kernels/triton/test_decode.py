@@ -26,6 +26,17 @@ def specs() -> list[QuantSpec]:
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
 @pytest.mark.parametrize("spec", specs(), ids=str)
 def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
+    check_ptx(spec, half, 64)
+
+
+@pytest.mark.parametrize("half", ["fp16", "bf16"])
+@pytest.mark.parametrize("block", [0, 32, 128, 256, 512])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_ptx_subtracts_zero_points(bits: int, block: int, half: str) -> None:
+    check_ptx(QuantSpec("uint", bits), half, block)
+
+
+def check_ptx(spec: QuantSpec, half: str, block: int) -> None:
     rng = np.random.default_rng(spec.bits)
     codes = rng.integers(0, 1 << spec.bits, (16, 256), dtype=np.uint8)
     codes.reshape(-1)[: 1 << spec.bits] = np.arange(1 << spec.bits)
@@ -37,7 +48,8 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     values = codebook_of(spec)
     assert values is not None
     if scheme.kind in ("int", "uint"):
-        values = np.arange(1 << spec.bits) - float(1 << (spec.bits - 1))
+        values = np.arange(1 << spec.bits, dtype=np.float64)
+        values -= 0.0 if scheme.kind == "uint" else 1 << (spec.bits - 1)
     elif spec.dtype == "fp":
         assert spec.exponent is not None
         values = values * np.float32(2.0 - 2.0 ** -(spec.bits - 1 - spec.exponent))
@@ -45,7 +57,13 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
     if scheme.kind == "fp":
         assert np.abs(expected_of_code - values).max() < 1e-6  # exact but for fp32's own rounding
 
-    text, constraints = decode.decode_ptx(scheme, half)
+    text, constraints = decode.decode_ptx(scheme, half, block)
+    expected = expected_of_code[codes]
+    # a zero point for each block, of this tile or of a larger part of the row
+    groups = 256 // block if 0 < block < 256 else 1
+    zeros = rng.integers(0, 1 << spec.bits, (16, groups), dtype=np.uint8)
+    if scheme.kind == "uint":
+        expected -= zeros.repeat(256 // groups, 1)
     found = np.empty((16, 256))
     shared = None
     for subtile in range(scheme.subtiles):
@@ -53,6 +71,16 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
         if scheme.kind == "table":  # each lane has its own copy
             shared = decode.table_words(values, scheme, half).view(np.uint32).repeat(32)
             inputs += [np.arange(128, dtype=np.uint32) // 4 * 4] * 2
+        elif scheme.kind == "uint":
+            columns = 256 // scheme.subtiles
+            of_subtile = zeros[:, subtile * columns * groups // 256 :]
+            for register in range(decode.zero_words(scheme, block)):
+                four = np.full((16, 4), 255, np.uint8)  # what lies beyond must not matter
+                some = of_subtile[:, 4 * register : 4 * register + 4]
+                four[:, : some.shape[1]] = some
+                of_row = four.view(np.uint32)[:, 0]
+                of_pair = np.repeat(of_row.reshape(2, 8).T, 2, axis=1)  # g, words: r, pair
+                inputs += [of_pair[:, None].repeat(4, 1).reshape(-1)] * 2
         assert constraints.count("r") == scheme.outputs + len(inputs)
         for output, result in enumerate(ptx.run(text, inputs, scheme.outputs, shared)):
             halves = result.view(np.uint16).view(decode.HALF_DTYPES[half]).astype(np.float64)
@@ -63,7 +91,7 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
                     column += 32 * (output // 2) + 8 * t + 4 * (output % 2) + i
                     found[:8, column] = lanes[:, t, 0, i]
                     found[8:, column] = lanes[:, t, 1, i]
-    np.testing.assert_array_equal(found, expected_of_code[codes])
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("threads", [32, 128, 256, 512])
