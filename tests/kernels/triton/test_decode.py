@@ -30,10 +30,10 @@ def test_ptx_gives_the_codebook(spec: QuantSpec, half: str) -> None:
 
 
 @pytest.mark.parametrize("half", ["fp16", "bf16"])
-@pytest.mark.parametrize("block", [0, 32, 128, 256, 512])
+@pytest.mark.parametrize("block", [0, 16, 32, 128, 256, 512])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_ptx_subtracts_zero_points(bits: int, block: int, half: str) -> None:
-    check_ptx(QuantSpec("uint", bits), half, block)
+    check_ptx(QuantSpec("uint", bits, block), half, block)
 
 
 def check_ptx(spec: QuantSpec, half: str, block: int) -> None:
@@ -88,7 +88,10 @@ def check_ptx(spec: QuantSpec, half: str, block: int) -> None:
             for t in range(4):
                 for i in range(4):
                     column = subtile * (256 // scheme.subtiles)
-                    column += 32 * (output // 2) + 8 * t + 4 * (output % 2) + i
+                    if scheme.span == 2:
+                        column += 32 * (output // 2) + 8 * t + 4 * (output % 2) + i
+                    else:
+                        column += 16 * output + 4 * t + i
                     found[:8, column] = lanes[:, t, 0, i]
                     found[8:, column] = lanes[:, t, 1, i]
     np.testing.assert_array_equal(found, expected)

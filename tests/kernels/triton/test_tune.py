@@ -65,6 +65,24 @@ def test_the_best_are_tried_with_overlap(
     assert found.us == min(map(price, everything)) - 0.5 * able
 
 
+def test_compiling_side_by_side_counts_what_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "COMPILERS", 1)
+    configs = [Config(8, 1, 1, 4, split) for split in (1, 2, 4)]
+    # a card or none: what can't be compiled is told where it is timed
+    with tune.compilers("cuda") as compile_all:
+        assert list(compile_all(INT4, 256, configs)) == [1, 2, 3]
+    with tune.compilers("cpu") as compile_all:
+        assert list(compile_all(INT4, 256, configs)) == []
+
+
+def test_eight_warps_are_also_tried_with_few_registers() -> None:
+    found = tune.candidates(1, 8192, 8192, "sm_90", 132)
+    few = [config for config in found if config.registers]
+    assert few
+    assert {config.warps_n * config.warps_k for config in few} == {configs.MAX_WARPS}
+    assert not any(c.registers for c in tune.candidates(16, 8192, 8192, "sm_90", 132))
+
+
 def test_the_cross_over_is_the_median(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = iter((64, 1024, 128))
     monkeypatch.setattr(tune, "cross_over_rows", lambda spec, shape, device: next(measured))
