@@ -8,6 +8,7 @@ which kbit quantizes, and as a GGUF file in F16 with the same weights, from whic
 quantizer makes the other types.
 """
 
+import ctypes
 import json
 import shutil
 import struct
@@ -27,6 +28,7 @@ from kbit.hub import resolve
 ROOT = Path(__file__).resolve().parents[1] / "build" / "bench"
 NAMES = ("smollm2-135m-instruct", "llama-1b")
 LLAMA_TYPES = ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M", "Q4_0", "Q3_K_M", "Q2_K")
+GGML_LOG_LEVEL_ERROR = 4  # of ggml.h
 LLAMA_1B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -139,9 +141,15 @@ def write_f16_gguf(source: Checkpoint, path: Path) -> None:
 
 
 def llama_quantize(source: Path, kind: str, path: Path) -> None:
-    """llama.cpp's own quantizer, on all cores."""
+    """llama.cpp's own quantizer, on all cores; of what it prints, only errors."""
     import llama_cpp
 
+    @llama_cpp.llama_log_callback
+    def errors_only(level: int, text: bytes, data: Any) -> None:
+        if level == GGML_LOG_LEVEL_ERROR:
+            print(text.decode(errors="replace"), end="", file=sys.stderr)
+
+    llama_cpp.llama_log_set(errors_only, ctypes.c_void_p(0))
     options = llama_cpp.llama_model_quantize_default_params()
     options.ftype = getattr(llama_cpp, f"LLAMA_FTYPE_MOSTLY_{kind}")
     failed = llama_cpp.llama_model_quantize(str(source).encode(), str(path).encode(), options)
