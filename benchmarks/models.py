@@ -10,6 +10,7 @@ quantizer makes the other types.
 
 import ctypes
 import json
+import os
 import shutil
 import struct
 import sys
@@ -187,6 +188,8 @@ class Model:
         path = self.folder / f"kbit-{bits}"
         if not path.exists():
             kbit.quantize(self.source, path, bits=bits)
+            for file in path.glob("*.safetensors"):
+                _settle(file)
         return path
 
     def gguf(self, kind: str) -> Path:
@@ -199,7 +202,17 @@ class Model:
             else:
                 llama_quantize(self.gguf("F16"), kind, made)
             made.rename(path)
+            _settle(path)
         return path
+
+
+def _settle(path: Path) -> None:
+    """Out of the page cache, as after a restart: just written, a file lies there in small pages,
+    and a large model was decoded from those at two thirds of its speed."""
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+        if hasattr(os, "posix_fadvise"):  # not on macOS
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _aside(path: Path) -> Path:
