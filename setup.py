@@ -5,6 +5,7 @@ missing. Objects stay in build/native, so that installing again compiles only wh
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,7 +39,8 @@ def is_newer(made: Path, needs: Path) -> bool:
     """Whether an object is newer than every file that the compiler's list `needs` names."""
     if not (made.exists() and needs.exists()):
         return False
-    files = needs.read_text().replace("\\\n", " ").split()[1:]
+    names = re.split(r"(?<!\\)\s+", needs.read_text().replace("\\\n", " ").strip())[1:]
+    files = [name.replace("\\ ", " ") for name in names]
     return all(os.path.exists(f) and os.path.getmtime(f) < made.stat().st_mtime for f in files)
 
 

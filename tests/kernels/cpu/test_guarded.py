@@ -2,16 +2,15 @@
 
 import os
 import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from kbit_kernels.cpu.library import LIBRARY
+from tests.kernels.cpu.script import setup_script
 
 HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
 SOURCE = LIBRARY.parent / "src"
 HARNESS = HERE / "guarded.cpp"
 LINKED = (LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}")
@@ -19,12 +18,7 @@ LINKED = (LIBRARY, f"-Wl,-rpath,{LIBRARY.parent}")
 
 def compiler() -> list[str]:
     """The command that builds the library."""
-    sys.path.insert(0, str(ROOT))
-    try:
-        from setup import find_compiler
-    finally:
-        sys.path.remove(str(ROOT))
-    found: list[str] | None = find_compiler()
+    found: list[str] | None = setup_script().find_compiler()
     if found is None:
         pytest.skip("no C++ compiler")
     return [*found, "-std=c++17", "-pthread", f"-I{SOURCE}"]
