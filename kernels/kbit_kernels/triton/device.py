@@ -243,7 +243,7 @@ def linear_constants(
         }
     # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a
     # word or two without one. That this helps at these widths was found by compiling.
-    short = spec.bits in (4, 6) and (config.rows_x > 8 or scheme_of(spec).kind == "uint")
+    short = spec.bits in (4, 6) and config.rows_x > 8 and scheme_of(spec).kind != "uint"
     again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
