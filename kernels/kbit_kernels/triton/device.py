@@ -243,7 +243,11 @@ def linear_constants(
         }
     # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a
     # word or two without one. That this helps at these widths was found by compiling.
-    short = spec.bits in (4, 6) and config.rows_x > 8 and scheme_of(spec).kind != "uint"
+    kind = scheme_of(spec).kind
+    if config.rows_x == 8:
+        short = (kind, spec.bits) in (("uint", 5), ("int", 7))
+    else:
+        short = kind != "uint" and spec.bits in (4, 6)
     again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
