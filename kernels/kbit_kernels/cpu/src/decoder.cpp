@@ -14,7 +14,6 @@ namespace kbit {
 namespace {
 
 constexpr int64_t kSoloTokens = 1;           // see Block::solo
-constexpr int kPatience = 15;                // threads are awake for the next token, some 200 us later
 constexpr int64_t kSlicedTokens = 16, kSlice = 4 * kGrain;  // see State::activated
 constexpr int64_t kBlockBytes = 64 << 20;    // of activations; weights are unpacked once a block
 constexpr int64_t kLeastBlock = 64, kMostBlock = 512;
@@ -79,7 +78,7 @@ struct Decoder::State {
 
 Decoder::State::State(const DecoderSpec& decoder)
     : spec(decoder),
-      pool(decoder.threads, kPatience),
+      pool(decoder.threads),
       workers(static_cast<size_t>(pool.threads())) {
   const Isa isa = spec.isa < 0 ? best_isa() : static_cast<Isa>(spec.isa);
   require(isa_available(isa), "this machine does not have the instruction set asked for");

@@ -56,9 +56,9 @@ void Barrier::wait() {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads, int patience)
+Pool::Pool(int threads)
     : threads_(threads < 1 ? 1 : threads),
-      start_(threads_, patience * spins_for(threads_)),
+      start_(threads_, spins_for(threads_)),
       end_(threads_, spins_for(threads_)),
       inner_(threads_, spins_for(threads_)) {
   try {

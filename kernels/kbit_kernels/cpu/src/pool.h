@@ -37,12 +37,11 @@ inline std::pair<int64_t, int64_t> share(int64_t total, int64_t grain, int part,
   return {first < total ? first : total, second < total ? second : total};
 }
 
-// `threads` threads, the caller of `run` among them; the others sleep between runs, after a short
-// spin, or one `patience` times as long. They are kbit's own: no other library's pool is used or
-// asked to shrink.
+// `threads` threads, the caller of `run` among them; the others sleep between runs (after a short
+// spin). They are kbit's own: no other library's pool is used or asked to shrink.
 class Pool {
  public:
-  explicit Pool(int threads, int patience = 1);  // throws std::runtime_error where the system does not start so many
+  explicit Pool(int threads);  // throws std::runtime_error where the system does not start so many
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
