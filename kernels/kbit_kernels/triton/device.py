@@ -13,7 +13,7 @@ from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.tensor import QuantizedTensor
 from kbit_kernels.triton import gemm, kernels
-from kbit_kernels.triton.configs import Config, choose, gpu_class
+from kbit_kernels.triton.configs import LINEAR_ROWS, Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
     FENCE_PTX,
     HALF_DTYPES,
@@ -29,6 +29,15 @@ from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_block
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
 ARRANGE_BLOCK = 2048
+# Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a word or
+# two without one. For these decodings, widths and rows of x it helps to read the program's indices
+# anew after the loop; found by compiling.
+SHORT = {
+    ("uint", 5, 8),
+    ("int", 7, 8),
+    ("fp", 8, LINEAR_ROWS),
+    *((kind, k, m) for kind in ("int", "fp", "table") for k in (4, 6) for m in (16, LINEAR_ROWS)),
+}
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,13 +250,7 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
-    # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a
-    # word or two without one. That this helps at these widths was found by compiling.
-    kind = scheme_of(spec).kind
-    if config.rows_x == 8:
-        short = (kind, spec.bits) in (("uint", 5), ("int", 7))
-    else:
-        short = kind != "uint" and spec.bits in (4, 6)
+    short = (scheme_of(spec).kind, spec.bits, config.rows_x) in SHORT
     again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
