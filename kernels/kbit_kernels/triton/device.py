@@ -34,7 +34,9 @@ ARRANGE_BLOCK = 2048
 # anew after the loop; found by compiling.
 SHORT = {
     ("uint", 5, 8),
+    ("uint", 6, 8),
     ("int", 7, 8),
+    ("fp", 8, 16),
     ("fp", 8, LINEAR_ROWS),
     *((kind, k, m) for kind in ("int", "fp", "table") for k in (4, 6) for m in (16, LINEAR_ROWS)),
 }
