@@ -419,23 +419,27 @@ def _zero_bit(subtile, subtiles, block, register):
 
 
 @triton.jit
+def _word_at(packed, BITS: tl.constexpr, AT: tl.constexpr):
+    """32 bits of a lane's packed values, in words of BITS, from bit AT on: `[R, W, 32, 1]`."""
+    R: tl.constexpr = packed[0].shape[0]
+    W: tl.constexpr = packed[0].shape[1]
+    return (packed[AT // BITS] >> (AT % BITS)).to(tl.int32).reshape(R, W, 32, 1)
+
+
+@triton.jit
 def zero_words(
     packed, WIDTH: tl.constexpr, BLOCK: tl.constexpr, SUBTILE: tl.constexpr, SUBTILES: tl.constexpr
 ):
     """The zero points of a sub-tile for the words of a chunk, one a byte: a tuple of int32
     `[R, W, 32, 8]`."""
-    R: tl.constexpr = packed[0].shape[0]
-    W: tl.constexpr = packed[0].shape[1]
     BITS: tl.constexpr = _packed_bits(BLOCK, WIDTH)
     ROW: tl.constexpr = max(1, 256 // BLOCK if BLOCK > 0 else 1) * WIDTH
     columns: tl.constexpr = 256 // SUBTILES
     count: tl.constexpr = (columns // BLOCK + 3) // 4 if BLOCK > 0 and BLOCK < columns else 1
     words = ()
     for i in tl.static_range(count):
-        AT: tl.constexpr = _zero_bit(SUBTILE, SUBTILES, BLOCK, i)
-        low = (packed[AT // BITS] >> (AT % BITS)).to(tl.int32).reshape(R, W, 32, 1)
-        high = packed[(ROW + AT) // BITS] >> ((ROW + AT) % BITS)
-        high = high.to(tl.int32).reshape(R, W, 32, 1)
+        low = _word_at(packed, BITS, _zero_bit(SUBTILE, SUBTILES, BLOCK, i))
+        high = _word_at(packed, BITS, ROW + _zero_bit(SUBTILE, SUBTILES, BLOCK, i))
         words = words + (tl.where(tl.arange(0, 8)[None, None, None, :] < 4, low, high),)
     return words
 
