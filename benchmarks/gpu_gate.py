@@ -133,7 +133,8 @@ def attention_gate(scale: Scale) -> list[str]:
 def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     """The gate over several processes: what is wrong, by spec, "attention" or "process"."""
     specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
-    specs += ["int4-row", "int3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64", "int4-b64-center"]
+    specs += ["int4-row", "int3-b32", "uint3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64"]
+    specs += ["int4-b64-center"]
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
     jobs = min(16, os.cpu_count() or 1)

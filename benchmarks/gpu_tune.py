@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+from kbit_kernels.triton.tune import FEW_REGISTERS
 from record import RESULTS, environment
 
 WIDTHS = (8, 7, 6, 5, 4, 3, 2)
@@ -32,7 +33,6 @@ LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096
 # bands, warps_n, warps_k, split
 EIGHT, FOUR = (1, 1, 8, 1), (1, 1, 4, 1)
 CUTS = (EIGHT, FOUR, (1, 1, 4, 2), (1, 2, 4, 1), (1, 1, 8, 2))
-FEW_REGISTERS = 64  # of a lane: four programs of eight warps fit a multiprocessor
 # for each of LLAMA: the cut, whether it overlaps with the kernel before, the limit of registers
 STEPS = {
     "alone": ((FOUR, 0), (EIGHT, 0), (FOUR, 0), (EIGHT, 0), (FOUR, 0)),
