@@ -104,30 +104,43 @@ def attention_gate(scale: Scale) -> list[str]:
     from torch.nn.functional import scaled_dot_product_attention
 
     from gpu_decode import LLAMA_3_8B
-    from kbit.engine.cuda_kernels import Attend
+    from kbit.engine.cuda_attention import Attend
+    from kbit.engine.torch_attention import rotate
+    from kbit.engine.torch_cache import TorchCache
     from kbit.models import describe
 
-    attention = describe(LLAMA_3_8B).layers[0].attention
+    decoder = describe(LLAMA_3_8B | {"num_hidden_layers": 1})
+    attention = decoder.layers[0].attention
+    assert attention.rotary is not None
     B, capacity = 5, 600
     H, G, D = attention.heads, attention.kv_heads, attention.head_dim
-    q = torch.randn((B, H, D), device=scale.device, dtype=torch.float16)
-    keys, values = torch.randn(
-        (2, B, G, capacity, D), device=scale.device, dtype=torch.float16
-    ).unbind()
+    cache = TorchCache(decoder, B, capacity, torch.float16, scale.device)
+    keys, values = cache.keys[0], cache.values[0]
+    keys.normal_()
+    values.normal_()
     at = torch.tensor([0, 63, 64, 300, capacity - 1], device=scale.device)
+    new = torch.randn((B, H + 2 * G, D), device=scale.device, dtype=torch.float16)
+    q, k, v = new.split((H, G, G), dim=1)
     attend = Attend(attention, None)
-    attend(q, keys, values, at)
-    found = attend(q, keys, values, at).float()
+    attend(0, q, k, v, cache, at)
+    found = attend(0, q, k, v, cache, at).float()
+    cos, sin = (table[at, None] for table in cache.rotary[attention.rotary])
+    rows = torch.arange(B, device=scale.device)
+    wrong = [
+        f"attention stored other {name} than it was given"
+        for name, stored, given in (("keys", keys, rotate(k, cos, sin)), ("values", values, v))
+        if not torch.allclose(stored[rows, :, at], given, rtol=2e-3, atol=2e-3)
+    ]
     seen = torch.arange(capacity, device=scale.device) <= at[:, None]
     expected = scaled_dot_product_attention(
-        q.float().view(B, G, H // G, D),
+        rotate(q, cos, sin).float().view(B, G, H // G, D),
         keys.float(),
         values.float(),
         attn_mask=seen[:, None, None],
         scale=attention.scale,
     ).reshape(B, H, D)
     error = (found - expected).abs().max().item()
-    return [] if error < 4e-3 else [f"attention is off by {error:.3g}"]
+    return wrong if error < 4e-3 else [*wrong, f"attention is off by {error:.3g}"]
 
 
 def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:

@@ -9,17 +9,17 @@ that get no token compute one all the same, at a place that nobody reads.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kbit.engine.cuda_layers import HALVES, CudaLoader, KernelLinear
+from kbit.engine.cuda_layers import HALVES, CudaLoader, KernelLinear, has_kernels
 from kbit.engine.cuda_sampler import choose
 from kbit.engine.executor import Weights, check_cache_size
-from kbit.engine.sampler import Draw
+from kbit.engine.sampler import GREEDY, Draw
 from kbit.engine.torch_attention import Step
 from kbit.engine.torch_cache import TorchCache
 from kbit.engine.torch_executor import TorchExecutor
@@ -53,7 +53,7 @@ class DecodeStep:
         )
         self._capture = capture
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._logits_BV = torch.empty(0)
+        self._logits_BV = self._greedy_B2 = torch.empty(0)
 
     def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
         """Logits fp32 [B, V] after `tokens` at `positions`, on the device; the next call overwrites
@@ -78,11 +78,18 @@ class DecodeStep:
             self.graph.replay()
         return self._logits_BV[: len(tokens)]
 
+    def choose(self, draws: Sequence[Draw]) -> Tensor:
+        """cuda_sampler.choose of what the last call returned; the step has the likeliest ready."""
+        if not any(draw.temperature for draw in draws):
+            return self._greedy_B2[: len(draws)]
+        return choose(self._logits_BV[: len(draws)], draws)
+
     def _compute(self) -> None:
         h = self._executor._embed(self._ids_B, self._positions_B)
         for block in self._executor._blocks:
             h = block(h, self._arena, self._step)
         self._logits_BV = self._executor._logits(h)
+        self._greedy_B2 = self._executor.likeliest(self._logits_BV)
 
 
 class CudaCache(TorchCache):
@@ -113,6 +120,11 @@ class CudaExecutor(TorchExecutor):
     ) -> None:
         super().__init__(checkpoint, decoder, device, dtype, cache_dtype)
         self._capture = device.startswith("cuda")
+        self.likeliest: Callable[[Tensor], Tensor] = partial(choose, draws=[GREEDY])
+        if has_kernels(device):
+            from kbit.engine.cuda_kernels import likeliest
+
+            self.likeliest = likeliest
         self._idle: list[tuple[TorchCache, DecodeStep]] = []
         self._stretches = any(
             layer.attention.rotary is not None
@@ -176,7 +188,9 @@ class CudaExecutor(TorchExecutor):
         device as `draws` say; returns it and the largest logit per sequence."""
         counts = self._check(tokens, cache)
         assert max(counts) == 1
-        found = choose(self._decode(tokens, counts, cache), draws).tolist()
+        assert isinstance(cache, CudaCache)
+        self._decode(tokens, counts, cache)
+        found = cache.step.choose(draws).tolist()
         return [(int(token), largest) for token, largest in found]
 
     def _decode(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -71,28 +70,38 @@ class CudaLoader(Loader):
         return KernelLinear(stacked.rows(order), bias, self, gate=activation)
 
     def fused_norm(self, weight: Tensor, eps: float) -> Layer | None:
-        kernels = self._kernels()
-        return None if kernels is None else kernels.RmsNorm(weight, eps)
+        if not has_kernels(self.device):
+            return None
+        from kbit.engine.cuda_kernels import RmsNorm
+
+        return RmsNorm(weight, eps)
 
     def fused_gate(self, activation: str) -> Layer | None:
-        kernels = self._kernels()
-        return None if kernels is None else kernels.Gate(activation)
+        if not has_kernels(self.device):
+            return None
+        from kbit.engine.cuda_kernels import Gate
+
+        return Gate(activation)
 
     def fused_place(self) -> Callable[..., Tensor] | None:
-        kernels = self._kernels()
-        return None if kernels is None else kernels.place
+        if not has_kernels(self.device):
+            return None
+        from kbit.engine.cuda_attention import place
+
+        return place
 
     def fused_attend(self, attention: Attention, slopes: Tensor | None) -> Attend | None:
-        kernels = self._kernels()
-        return None if kernels is None else kernels.Attend(attention, slopes)
-
-    def _kernels(self) -> ModuleType | None:
-        """The small kernels; None on a CPU, unless Triton's interpreter stands in for a GPU."""
-        if not self.device.startswith("cuda") and "TRITON_INTERPRET" not in os.environ:
+        if not has_kernels(self.device):
             return None
-        from kbit.engine import cuda_kernels
+        from kbit.engine.cuda_attention import Attend
 
-        return cuda_kernels
+        return Attend(attention, slopes)
+
+
+def has_kernels(device: str) -> bool:
+    """Whether the small kernels run; on a CPU only where Triton's interpreter stands in for a
+    GPU."""
+    return device.startswith("cuda") or "TRITON_INTERPRET" in os.environ
 
 
 def stack(tensors: Sequence[QuantizedTensor]) -> QuantizedTensor | None:

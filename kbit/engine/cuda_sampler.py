@@ -16,12 +16,10 @@ from kbit.engine.sampler import Draw
 
 def choose(logits_BV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """fp64 [B, 2]: the token that each draw takes, and the largest logit (NaN if any is)."""
-    best_B = logits_BV.argmax(1)
-    largest_B = logits_BV.gather(1, best_B[:, None])[:, 0].double()
-    token_B = best_B
+    largest_B, token_B = logits_BV.max(1)
     if any(draw.temperature for draw in draws):
-        token_B = torch.where(*_draw(logits_BV, draws), best_B)
-    return torch.stack([token_B.double(), largest_B], dim=1)
+        token_B = torch.where(*_draw(logits_BV, draws), token_B)
+    return torch.stack([token_B.double(), largest_B.double()], dim=1)
 
 
 def _draw(logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:

@@ -107,14 +107,14 @@ class TorchAttention:
         heads_NHD = self._qkv(x_ND).view(x_ND.shape[0], sum(sizes), a.head_dim)
         q, k, v = heads_NHD.split(sizes, dim=1)
         q, k = self._q_norm(q), self._k_norm(k)
+        if self._attend_one is not None and step.all_rows and max(step.counts) == 1:
+            out = self._attend_one(self._layer, q, k, v, cache, step.positions)
+            return self._out(out.view(x_ND.shape[0], -1), onto)
         if self._place is not None:
             q = self._place(a, self._layer, q, k, v, cache, step)
         else:
             q = place(a, self._layer, q, k, v, cache, step)
         keys, values = cache.keys[self._layer], cache.values[self._layer]
-        if self._attend_one is not None and step.all_rows and max(step.counts) == 1:
-            out = self._attend_one(q.contiguous(), keys, values, step.positions)
-            return self._out(out.view(x_ND.shape[0], -1), onto)
         if not step.all_rows:
             keys, values = keys[step.rows], values[step.rows]
         q_BHTD = step.pad(q)

@@ -17,6 +17,7 @@ from torch.nn import functional
 
 import kbit_kernels
 from kbit.engine.executor import Weights
+from kbit.engine.torch_cache import TorchCache
 from kbit.errors import KbitError
 from kbit.models import Attention, Decoder, Linear, Norm
 from kbit_kernels.tensor import QuantizedTensor
@@ -30,7 +31,7 @@ class LinearLayer(Protocol):
     def __call__(self, x_ND: Tensor, onto: Tensor | None = None, /) -> Tensor: ...
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, TorchCache, Tensor], Tensor]
 
 
 class Loader:
@@ -77,11 +78,12 @@ class Loader:
         return None
 
     def fused_place(self) -> Callable[..., Tensor] | None:
-        """Rotary positions and the cache write as one kernel (cuda_kernels.place), likewise."""
+        """Rotary positions and the cache write as one kernel (cuda_attention.place), likewise."""
         return None
 
     def fused_attend(self, attention: Attention, slopes: Tensor | None) -> Attend | None:
-        """Attention of one new token a sequence as one kernel (cuda_kernels.Attend), likewise."""
+        """Attention of one new token a sequence, with its rotary positions and its place in the
+        cache, as one kernel (cuda_attention.Attend), likewise."""
         return None
 
     def rows(self, linear: Linear) -> np.ndarray | QuantizedTensor:

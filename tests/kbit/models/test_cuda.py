@@ -204,6 +204,9 @@ print("same logits")
 SMALL = """
 import torch
 from kbit.engine import cuda_kernels as fused, torch_attention, torch_layers
+from kbit.engine.cuda_attention import place
+from kbit.engine.cuda_sampler import choose
+from kbit.engine.sampler import GREEDY
 from kbit.engine.torch_cache import TorchCache
 from kbit_kernels.activations import ACTIVATIONS
 from types import SimpleNamespace
@@ -222,6 +225,13 @@ for name in ACTIVATIONS:
         x = torch.randn(3, 2 * F) * 3
         gate, up = x.chunk(2, dim=-1)
         same(fused.Gate(name)(x), ACTIVATIONS[name](gate) * up)
+for V in (49, 4096, 9000):
+    logits = torch.randn(3, V)
+    logits[1, 7] = logits[1, V - 2] = 9.0  # the first of the largest is taken
+    for _ in range(2):
+        assert torch.equal(fused.likeliest(logits), choose(logits, [GREEDY]))
+    logits[2, V - 1] = float("nan")
+    assert fused.likeliest(logits)[:, 1].isnan().tolist() == [False, False, True]
 for half, D in ((8, 16), (5, 14), (3, 12)):
     qkv = torch.randn(5, 4 + 2 + 2, D)
     q, k, v = qkv.split((4, 2, 2), dim=1)
@@ -235,7 +245,7 @@ for half, D in ((8, 16), (5, 14), (3, 12)):
         return SimpleNamespace(rotary={"r": (angles.cos(), angles.sin())}, capacity=9,
                                keys=[zeros[0].clone()], values=[zeros[0].clone()])
     one, other = cache(), cache()
-    same(fused.place(a, 0, q, k, v, one, step), torch_attention.place(a, 0, q, k, v, other, step))
+    same(place(a, 0, q, k, v, one, step), torch_attention.place(a, 0, q, k, v, other, step))
     same(one.keys[0], other.keys[0])
     same(one.values[0], other.values[0])
     assert one.keys[0].count_nonzero() == 5 * 2 * D
@@ -246,42 +256,56 @@ print("the same")
 ATTEND = """
 import numpy as np, torch
 from types import SimpleNamespace
-from kbit.engine import cuda_kernels, torch_attention
-from kbit.engine.torch_attention import Step, TorchAttention
+from kbit.engine import cuda_attention, torch_attention
+from kbit.engine.torch_attention import TorchAttention
 
 torch.manual_seed(0)
-cuda_kernels.gpu_class = lambda device: ("", 132)  # many parts of the positions
+cuda_attention.gpu_class = lambda device: ("", 132)  # many parts of the positions
 
-def case(H, G, D, capacity, positions, dtype=torch.float16, cache=None, **options):
+def case(H, G, D, capacity, positions, dtype=torch.float16, stored=None, half=0, **options):
     B = len(positions)
-    a = SimpleNamespace(scale=D**-0.5, softcap=None, window=None)
+    a = SimpleNamespace(scale=D**-0.5, softcap=None, window=None, rotary="r" if half else None)
     vars(a).update(options)
     slopes = torch.rand(H) if options.get("alibi") else None
-    q = torch.randn(B, H, D).to(dtype)
-    keys, values = torch.randn(2, B, G, capacity, D).to(cache or dtype)
+    q, k, v = torch.randn(B, H + 2 * G, D).to(dtype).split((H, G, G), dim=1)
     at = torch.tensor(positions)
+    angles = torch.arange(capacity)[:, None] * torch.linspace(0.1, 1.0, half)
+    before = torch.randn(2, B, G, capacity, D).to(stored or dtype)
     for b, position in enumerate(positions):  # what nobody may read
-        keys[b, :, position + 1 :] = values[b, :, position + 1 :] = float("nan")
+        before[:, b, :, position:] = float("nan")
+
+    def cache():
+        keys, values = before.clone()
+        rotary = {"r": (angles.cos(), angles.sin())}
+        return SimpleNamespace(keys=[keys], values=[values], rotary=rotary)
+
+    wanted = cache()
+    step = SimpleNamespace(positions=at, sequences=torch.arange(B))
+    turned = torch_attention.place(a, 0, q, k, v, wanted, step)
+    distance = at[:, None, None] - torch.arange(capacity)
+    reference = SimpleNamespace(_attention=a, _slopes=slopes)
+    clean = [torch.nan_to_num(x[0]).float() for x in (wanted.keys, wanted.values)]
+    expected = TorchAttention._explicit(reference, turned.float()[:, :, None], *clean, distance)
     for most in (1, 4, 16):
-        attend = cuda_kernels.Attend(a, slopes)
+        attend = cuda_attention.Attend(a, slopes)
         attend.most_splits = most
         for _ in range(2):  # the second call finds the counters of the first
-            found = attend(q, keys, values, at).float()
-        j = torch.arange(capacity)
-        distance = at[:, None, None] - j
-        reference = SimpleNamespace(_attention=a, _slopes=slopes)
-        clean = [torch.nan_to_num(x).float() for x in (keys, values)]
-        expected = TorchAttention._explicit(reference, q.float()[:, :, None], *clean, distance)
-        expected = expected[:, :, 0]
-        error = (found - expected).abs().max().item()
-        assert error < (2e-3 if dtype == torch.float16 else 2e-2), (error, most, options)
+            used = cache()
+            found = attend(0, q, k, v, used, at).float()
+        error = (found - expected[:, :, 0]).abs().max().item()
+        bound = 2e-3 if dtype == torch.float16 else 2e-2
+        assert error < bound, (error, most, options)
+        for name in ("keys", "values"):
+            one, other = vars(used)[name][0].float(), vars(wanted)[name][0].float()
+            torch.testing.assert_close(one, other, rtol=bound, atol=bound, equal_nan=True)
 
-case(8, 2, 16, 300, [0, 299, 64, 63])
-case(4, 4, 40, 130, [129, 5])
+case(8, 2, 16, 300, [0, 299, 64, 63], half=8)
+case(4, 4, 40, 130, [129, 5], half=5)
 case(6, 1, 24, 70, [69], window=9)
-case(6, 3, 32, 200, [150, 3], window=65, softcap=5.0)
+case(6, 3, 32, 200, [150, 3, 1], window=65, softcap=5.0, half=16)
+case(6, 2, 16, 90, [80, 40], window=1, half=8)
 case(6, 2, 16, 90, [80, 40], alibi=True)
-case(20, 1, 16, 90, [80, 64], dtype=torch.bfloat16, cache=torch.float32)
+case(20, 1, 16, 90, [80, 64], dtype=torch.bfloat16, stored=torch.float32, half=8)
 print("the same")
 """
 
@@ -329,7 +353,7 @@ def test_small_kernels_compile() -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from kbit.engine import cuda_kernels
+    from kbit.engine import cuda_attention, cuda_kernels
 
     half, f32, i64 = "*fp16", "*fp32", "*i64"
     halves = dict.fromkeys(
@@ -337,6 +361,7 @@ def test_small_kernels_compile() -> None:
     )
     types = halves | {
         "weight_ptr": f32,
+        "logits_ptr": f32,
         "cos_ptr": f32,
         "sin_ptr": f32,
         "positions_ptr": i64,
@@ -349,12 +374,21 @@ def test_small_kernels_compile() -> None:
         "counter_ptr": "*i32",
     }
     heads = {"H": 6, "G": 2, "D": 64, "HALF": 24, "BLOCK": 64}
-    attend = {"G": 8, "R": 4, "D": 128, "WINDOW": 0, "HAS_SOFTCAP": False, "HAS_SLOPES": False}
+    attend = {
+        "G": 8,
+        "R": 4,
+        "D": 128,
+        "HALF": 64,
+        "WINDOW": 0,
+        "HAS_SOFTCAP": False,
+        "HAS_SLOPES": False,
+    }
     attend |= {"SPLITS": 16, "ROWS": 16, "BLOCK_D": 128, "BLOCK_S": 64}
     cases = [
-        (cuda_kernels._attend_kernel, attend),
+        (cuda_attention._attend_kernel, attend),
         (cuda_kernels._rms_norm_kernel, {"BLOCK": 1024}),
-        (cuda_kernels._place_kernel, heads),
+        (cuda_kernels._likeliest_kernel, {"PARTS": 5, "BLOCK": 4096}),
+        (cuda_attention._place_kernel, heads),
         *((cuda_kernels._gate_kernel, {"ACTIVATION": name, "BLOCK": 1024}) for name in ACTIVATIONS),
     ]
     for kernel, constants in cases:
