@@ -157,7 +157,8 @@ def plots(rows: list[dict[str, Any]], stem: Path, shape: tuple[int, int]) -> Non
             and r["shape"] == [n, k]
             and r["rows"] == 1
         }
-        axes.plot(sorted(at), [at[bits] for bits in sorted(at)], marker="o", label=name)
+        if at:
+            axes.plot(sorted(at), [at[bits] for bits in sorted(at)], marker="o", label=name)
     axes.axhline(75, color="grey", linestyle=":")
     axes.set(
         xlabel="bits", ylabel="percent of copy bandwidth", title=f"{n} x {k}, M = 1", ylim=(0, 105)

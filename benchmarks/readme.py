@@ -196,7 +196,8 @@ def gpu() -> str:
         base = data["baseline"]
         title = f"**{base['gpu']}**, {base['copy_gb_s']:.0f} GB/s of copying; weights 8192 x 8192"
         at = [r for r in data["sweep"] if r["shape"] == [8192, 8192] and "us" in r]
-        tables = [by_rows(at), by_type(at)]
+        others, said = other_types(path.stem.removeprefix("gpu-"))
+        tables = [by_rows(at), by_type([*others, *at]) + said]
         if data.get("decode"):
             tables.append(decoding(data["decode"]))
         parts.append("\n\n".join([title, *tables, f"<sub>{source(data)}</sub>"]))
@@ -228,6 +229,17 @@ def by_rows(at: list[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
+def other_types(gpu: str) -> tuple[list[dict[str, Any]], str]:
+    """What another run measured of data types that the last one had no time for; and a sentence."""
+    rows: list[dict[str, Any]] = []
+    names = []
+    for stem, part in ((f"gpu-types-{gpu}", "sweep"), (f"gpu-tune-{gpu}", "products")):
+        if (RESULTS / f"{stem}.json").exists():
+            rows += [r for r in load(stem)[part] if r["shape"] == [8192, 8192] and "us" in r]
+            names.append(f"[{stem}.json](benchmarks/results/{stem}.json)")
+    return rows, f"\n\n<sub>Other types than `int`: {' and '.join(names)}</sub>" if names else ""
+
+
 def by_type(at: list[dict[str, Any]]) -> str:
     """Every data type over the widths, one row of x."""
     found = {}
@@ -238,7 +250,8 @@ def by_type(at: list[dict[str, Any]]) -> str:
     widths = sorted({bits for _, bits in found}, reverse=True)
     rows = [
         [f"`{name}`", *(f"{found[name, bits]:.1f}" for bits in widths if (name, bits) in found)]
-        for name in dict.fromkeys(name for name, _ in found)
+        for name in ("int", "uint", "nf", "fp")
+        if any(name == known for known, _ in found)
     ]
     return markdown(["us, M = 1, at bits", *widths], rows)
 
