@@ -73,7 +73,7 @@ def compile_linear(
     """The kernel of `config` for `chip` ("sm_90", "gfx942"), K = `columns`; `use_ptx` overrides the
     choice of the decoder."""
     use_ptx = chip in NVIDIA if use_ptx is None else use_ptx
-    constants = linear_constants(spec, half, use_ptx, config, columns)
+    constants = linear_constants(spec, half, use_ptx, config, columns, chip)
     constants |= {
         "HAS_EXTRA": False,
         "HAS_BIAS": False,

@@ -31,14 +31,23 @@ DEQUANTIZE_WARPS = 4
 ARRANGE_BLOCK = 2048
 # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a word or
 # two without one. For these decodings, widths and rows of x it helps to read the program's indices
-# anew after the loop; found by compiling.
-SHORT = {
-    ("uint", 5, 8),
-    ("uint", 6, 8),
-    ("int", 7, 8),
-    ("fp", 8, 16),
-    ("fp", 8, LINEAR_ROWS),
-    *((kind, k, m) for kind in ("int", "fp", "table") for k in (4, 6) for m in (16, LINEAR_ROWS)),
+# anew after the loop; found by compiling. On the chips that are named, else on all.
+SHORT: dict[tuple[str, int, int], tuple[str, ...]] = {
+    ("int", 3, 8): ("sm_86", "sm_89"),
+    ("int", 7, 8): (),
+    ("uint", 5, 8): ("sm_100",),
+    ("uint", 6, 8): (),
+    ("table", 3, 16): ("sm_120",),
+    ("int", 5, 16): ("sm_120",),
+    ("table", 7, 16): ("sm_120",),
+    ("fp", 8, 16): (),
+    ("fp", 8, LINEAR_ROWS): (),
+    **{
+        (kind, k, m): ()
+        for kind in ("int", "fp", "table")
+        for k in (4, 6)
+        for m in (16, LINEAR_ROWS)
+    },
 }
 
 
@@ -234,10 +243,10 @@ def decoder_constants(spec: QuantSpec, half: str, use_ptx: bool) -> dict[str, An
 
 
 def linear_constants(
-    spec: QuantSpec, half: str, use_ptx: bool, config: Config, columns: int
+    spec: QuantSpec, half: str, use_ptx: bool, config: Config, columns: int, chip: str
 ) -> dict[str, Any]:
-    """The constexpr arguments that follow from spec, K and config, of `kernels.linear_kernel` or,
-    with `config.stages`, of `gemm.gemm_kernel`."""
+    """The constexpr arguments that follow from spec, K, config and the class of GPU, of
+    `kernels.linear_kernel` or, with `config.stages`, of `gemm.gemm_kernel`."""
     tiles = -(-columns // COLUMNS)
     both = {
         **decoder_constants(spec, half, use_ptx),
@@ -252,7 +261,8 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
-    short = (scheme_of(spec).kind, spec.bits, config.rows_x) in SHORT
+    chips = SHORT.get((scheme_of(spec).kind, spec.bits, config.rows_x))
+    short = chips is not None and (not chips or chip in chips)
     again = use_ptx and short and not LANES_FIRST.value
     return {
         **both,
@@ -388,7 +398,12 @@ def fused_linear(
         GATE=gate,
         **launch_options(config, torch.version.hip is not None),
         **linear_constants(
-            kernel_spec(weight.spec), DTYPE_NAMES[weight.dtype], weight.use_ptx, config, K
+            kernel_spec(weight.spec),
+            DTYPE_NAMES[weight.dtype],
+            weight.use_ptx,
+            config,
+            K,
+            gpu_class(x.device)[0],
         ),
     )
     return out
