@@ -12,10 +12,12 @@ import ctypes
 import errno
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +30,7 @@ from kbit_kernels.errors import KbitError
 ALIGNMENT = 64  # bytes, a cache line and an AVX-512 register
 MAX_SHARD_BYTES = 4_000_000_000
 _HASH_CHUNK_BYTES = 1 << 20
+_LARGE_PAGE_BYTES = 2 << 20
 
 Parts = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # stored name -> dtype, shape
 
@@ -175,9 +178,30 @@ def reserve(descriptor: int, size: int) -> None:
                 raise
 
 
+def cache_in_large_pages(descriptor: int, start: int, stop: int) -> None:
+    """Have these bytes of a new file in the page cache in pages of 2 MB, where it can hold such.
+
+    A write makes pages no larger than itself, and from small pages a model decodes by up to a third
+    slower until its file is read from the disk again. Reading the zeros that a reserved file
+    consists of makes large ones. Only on a disk of this machine: over a network the zeros would
+    travel.
+    """
+    on_disk = os.major(os.fstat(descriptor).st_dev) != 0
+    if start == stop or not on_disk or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return
+    first = start // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES
+    with (
+        suppress(OSError),  # kernels without large pages refuse
+        mmap.mmap(descriptor, stop - first, access=mmap.ACCESS_READ, offset=first) as pages,
+    ):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+        pages[::_LARGE_PAGE_BYTES]
+
+
 def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
     """Write everything at the position, however often the kernel takes only a part."""
     view = memoryview(data)
+    cache_in_large_pages(descriptor, position, position + view.nbytes)
     while view.nbytes:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written

@@ -1,5 +1,5 @@
-// Rounding to nearest. Loops over the 32 weights of a unit have constant counts, so that compilers
-// turn them into vectors; every operation rounds as numpy's does, so that codes are the reference's.
+// Rounding to nearest, a unit of 32 weights at a time. Every operation rounds as numpy's does, so that
+// codes are the reference's.
 
 // Columns [column, column + 32) of a row as fp32, zeros beyond K and in outlier columns.
 static inline void stage_unit(const Weights& w, int64_t row, int64_t column, float* out) {
