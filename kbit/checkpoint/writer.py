@@ -181,8 +181,8 @@ def reserve(descriptor: int, size: int) -> None:
 def cache_in_large_pages(descriptor: int, start: int, stop: int) -> None:
     """Have these bytes of a new file in the page cache in pages of 2 MB, where it can hold such.
 
-    A write makes pages no larger than itself, and from small pages a model decodes by up to a third
-    slower until its file is read from the disk again. Reading the zeros that a reserved file
+    A write makes pages no larger than itself, and from small pages a large model decodes by an
+    eighth slower until its file is read from the disk again. Reading the zeros that a reserved file
     consists of makes large ones. Only on a disk of this machine: over a network the zeros would
     travel.
     """
