@@ -124,12 +124,13 @@ class FilledFiles:
     def __init__(self, directory: Path, layout: Layout) -> None:
         self.layout = layout
         self._descriptors: dict[str, int] = {}
+        self._large_pages: set[tuple[str, int]] = set()
         try:
             for name, size in layout.sizes.items():
                 descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666)
                 self._descriptors[name] = descriptor
                 reserve(descriptor, size)
-                write_at(descriptor, layout.headers[name], 0)
+                self._write_at(name, layout.headers[name], 0)
         except BaseException:
             self.close()
             raise
@@ -139,7 +140,15 @@ class FilledFiles:
         place = self.layout.places[stored]
         raw = np.ascontiguousarray(data).reshape(-1).view(np.uint8).data
         assert byte_offset + raw.nbytes <= place.nbytes, (stored, byte_offset, raw.nbytes, place)
-        write_at(self._descriptors[place.file], raw, place.start + byte_offset)
+        self._write_at(place.file, raw, place.start + byte_offset)
+
+    def _write_at(self, file: str, data: bytes | memoryview, position: int) -> None:
+        last = position + max(len(data), 1) - 1
+        for page in range(position // _LARGE_PAGE_BYTES, last // _LARGE_PAGE_BYTES + 1):
+            if (file, page) not in self._large_pages:
+                self._large_pages.add((file, page))
+                make_large_page(self._descriptors[file], page)
+        write_at(self._descriptors[file], data, position)
 
     def sha256(self, stored: str) -> str:
         """Checksum of what the file now holds for the stored tensor."""
@@ -178,30 +187,34 @@ def reserve(descriptor: int, size: int) -> None:
                 raise
 
 
-def cache_in_large_pages(descriptor: int, start: int, stop: int) -> None:
-    """Have these bytes of a new file in the page cache in pages of 2 MB, where it can hold such.
+def make_large_page(descriptor: int, page: int) -> None:
+    """Have 2 MB of a new file lie in one page of the page cache, where it can hold such.
 
     A write makes pages no larger than itself, and from small pages a large model decodes by an
     eighth slower until its file is read from the disk again. Reading the zeros that a reserved file
     consists of makes large ones. Only on a disk of this machine: over a network the zeros would
     travel.
     """
-    on_disk = os.major(os.fstat(descriptor).st_dev) != 0
-    if start == stop or not on_disk or not hasattr(mmap, "MADV_HUGEPAGE"):
+    status = os.fstat(descriptor)
+    start = page * _LARGE_PAGE_BYTES
+    if (
+        os.major(status.st_dev) == 0
+        or start >= status.st_size
+        or not hasattr(mmap, "MADV_HUGEPAGE")
+    ):
         return
-    first = start // _LARGE_PAGE_BYTES * _LARGE_PAGE_BYTES
+    nbytes = min(_LARGE_PAGE_BYTES, status.st_size - start)
     with (
         suppress(OSError),  # kernels without large pages refuse
-        mmap.mmap(descriptor, stop - first, access=mmap.ACCESS_READ, offset=first) as pages,
+        mmap.mmap(descriptor, nbytes, access=mmap.ACCESS_READ, offset=start) as mapped,
     ):
-        pages.madvise(mmap.MADV_HUGEPAGE)
-        pages[::_LARGE_PAGE_BYTES]
+        mapped.madvise(mmap.MADV_HUGEPAGE)
+        mapped[0]
 
 
 def write_at(descriptor: int, data: bytes | memoryview, position: int) -> None:
     """Write everything at the position, however often the kernel takes only a part."""
     view = memoryview(data)
-    cache_in_large_pages(descriptor, position, position + view.nbytes)
     while view.nbytes:
         written = os.pwrite(descriptor, view, position)
         view, position = view[written:], position + written
