@@ -3,6 +3,11 @@
 
 #include <cstdint>
 
+// Where there is gcc's or clang's header, the assembler knows AMX too.
+#if __has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>)
+#define KBIT_AMX
+#endif
+
 namespace kbit {
 
 struct alignas(64) TileShapes {

@@ -36,6 +36,11 @@ struct AmxAttend {
   }
   // All of a's, then all of b's.
   static void put_row(Vec a, Vec b, uint16_t* upper, uint16_t* lower) {
+    if constexpr (PARTS == 1) {
+      __m512i both;
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(both) : "v"(b), "v"(a));
+      return _mm512_store_si512(upper, both);
+    }
     alignas(64) static constexpr uint16_t kOdd[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                                       33, 35, 37, 39, 41, 43, 45, 47, 49, 51, 53, 55, 57, 59, 61, 63};
     const __m512i odd = _mm512_load_si512(kOdd);
@@ -48,10 +53,17 @@ struct AmxAttend {
     return (Vec)_mm512_maskz_loadu_ps(lanes, p);
   }
 
-  // c[16][32] = a times b over `steps` times 32. Registers: 0 and 1 sums, 2 and 3 a, 4 to 7 b.
+  // c[16][32] = a times b over `steps` times 32, or, with `more`, is added to. Registers: 0 and 1 sums,
+  // 2 and 3 a, 4 to 7 b.
   static void product(const uint16_t* upper, const uint16_t* lower, int64_t a_stride, const uint32_t* b_upper,
-                      const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride) {
-    asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
+                      const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride,
+                      bool more = false) {
+    if (more) {
+      asm volatile("tileloadd (%0,%1,1), %%tmm0\n\ttileloadd 64(%0,%1,1), %%tmm1"
+                   ::"r"(c), "r"(4 * c_stride) : "memory");
+    } else {
+      asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
+    }
     for (int64_t i = 0; i < steps; ++i) {
       if constexpr (PARTS == 1) {
         asm volatile("tileloadd (%0,%1,1), %%tmm2\n\ttileloadd (%2,%3,1), %%tmm4\n\t"
@@ -120,22 +132,26 @@ struct AmxAttend {
     return _mm512_reduce_max_epu32(largest) < 0x7f800000;
   }
 
-  void weigh(const Attend& job, int64_t chunk) {
+  // Scores to weights; zeros for rows that see nothing of the chunk.
+  void soften(const Attend& job, int64_t chunk) {
     for (int64_t row = 0; row < job.rows; ++row) {
-      const bool seen = job.low[row] < chunk + kKeyChunk && chunk < job.high[row] && job.low[row] < job.high[row];
-      const float* from = job.scratch + row * kKeyChunk;
-      for (int64_t j = 0; j < kKeyChunk; j += 32) {
-        put_row(seen ? load(from + j) : Vec{}, seen ? load(from + j + 16) : Vec{}, weights[0][row] + j,
-                weights[kLower][row] + j);
-      }
+      if (std::max(job.low[row], chunk) < std::min(job.high[row], chunk + kKeyChunk)) continue;
+      for (auto& part : weights) std::memset(part[row], 0, sizeof part[row]);
     }
+    soften_all<PARTS == 1 ? rough_exp : exp>(job, chunk, [&](int64_t row, int64_t j, Vec v, Vec w) {
+      put_row(v, w, weights[0][row] + j, weights[kLower][row] + j);
+    });
+  }
+
+  void weigh(const Attend& job) {
     for (int64_t row = 0; row < job.rows; row += 16) {
       for (int64_t d = 0; d < job.padded; d += 32) {
+        float* sum = job.sum + row * job.padded + d;
+        const bool whole = row + 16 <= job.rows && d + 32 <= job.padded;
         product(weights[0][row], weights[kLower][row], kKeyChunk, values[0][0] + d, values[kLower][0] + d, kMostWidth,
-                kKeyChunk / 32, part[0], 32);
-        for (int64_t r = 0; r < std::min<int64_t>(16, job.rows - row); ++r) {
-          float* sum = job.sum + (row + r) * job.padded + d;
-          add(sum, part[r], std::min<int64_t>(32, job.padded - d));
+                kKeyChunk / 32, whole ? sum : part[0], whole ? job.padded : 32, whole);
+        for (int64_t r = 0; !whole && r < std::min<int64_t>(16, job.rows - row); ++r) {
+          add(sum + r * job.padded, part[r], std::min<int64_t>(32, job.padded - d));
         }
       }
     }
@@ -146,9 +162,12 @@ struct AmxAttend {
     load_queries(job);
     each_chunk<E>(job, [&](const E* k, const E* v, int64_t chunk) {
       score(job, k);
-      const bool full = soften_all(job, chunk);
-      if (load_values(job, v)) weigh(job, chunk);
-      else weigh_all<E>(job, v, chunk, full, nullptr);
+      if (load_values(job, v)) {
+        soften(job, chunk);
+        weigh(job);
+      } else {
+        weigh_all<E>(job, v, chunk, soften_all(job, chunk), nullptr);
+      }
     });
   }
 };

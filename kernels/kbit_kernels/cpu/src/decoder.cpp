@@ -262,10 +262,12 @@ void Decoder::State::run(int thread, float* logits) {
     layer.down.prefetch(layer.down.range(thread));
     pool.barrier();
 
-    for (int64_t t = mine.first; t < mine.second; ++t) {
-      layer.down.load(inputs, block.up.get() + t * block.up_stride, t);
+    if (!layer.down.loads_columns(*inputs, layer.up)) {
+      for (int64_t t = mine.first; t < mine.second; ++t) {
+        layer.down.load(inputs, block.up.get() + t * block.up_stride, t);
+      }
+      loaded();
     }
-    loaded();
     layer.down.multiply(*inputs, thread, block.delta_mlp.get(), block.delta_stride, *kernels);
     const Product& next = l + 1 < layers.size() ? layers[l + 1].qkv : head;
     next.prefetch(next.range(thread));
@@ -274,20 +276,24 @@ void Decoder::State::run(int thread, float* logits) {
   if (!block.selected.empty()) finish(thread, h, x, inputs, mine, logits);
 }
 
-// This thread's share of block.up = activation(gate) * up; of many tokens a slice of rows at a time, so
-// that gate and up are still in the cache when they are activated.
+// This thread's share of block.up = activation(gate) * up, or of down's input where it takes columns; of
+// many tokens a slice of rows at a time, so that gate and up are still in the cache when they are activated.
 void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs) {
   const Product::Range mine = gate_rows(layer, thread);
   const int64_t count = block.count(), between = layer.spec.up_base - layer.spec.gate_base;
   const int64_t size = count < kSlicedTokens ? mine.second - mine.first : kSlice;
   float *gate = workers[static_cast<size_t>(thread)].gate.get(), *up = layer.spec.gated ? gate + count * size : nullptr;
+  const bool direct = layer.down.loads_columns(inputs, layer.up);
   for (int64_t first = mine.first; first < mine.second; first += size) {
     const int64_t rows = std::min(size, mine.second - first);
+    alignas(64) float part[kSlice + 64] = {};  // with the zeros that follow a row
     layer.up.multiply(inputs, {first, first + rows}, gate, size, *kernels);
     if (up != nullptr) layer.up.multiply(inputs, {first + between, first + between + rows}, up, size, *kernels);
+    const int64_t column = first - layer.spec.gate_base;
     for (int64_t t = 0; t < count; ++t) {
-      kernels->activate(layer.spec.activation, gate + t * size, up == nullptr ? nullptr : up + t * size,
-                        block.up.get() + t * block.up_stride + first - layer.spec.gate_base, rows);
+      float* const out = direct ? part : block.up.get() + t * block.up_stride + column;
+      kernels->activate(layer.spec.activation, gate + t * size, up == nullptr ? nullptr : up + t * size, out, rows);
+      if (direct) layer.down.load_columns(inputs, part, t, column, rows);
     }
   }
 }

@@ -109,6 +109,10 @@ class Input {
   // token it costs about as much as a norm, so that a thread may as well fill an Input of its own
   // instead of waiting at a barrier. NaN and infinity pass on to the products.
   void load(const float* x, int64_t stride, int64_t begin, int64_t end);
+  // Where a value is rounded by itself: columns [column, column + count) of a token from x[0, count),
+  // multiples of 32 but for the last columns, whose x has zeros up to a multiple of 64.
+  bool loads_columns() const { return panels && arithmetic != kInt16 && matrix->tensor.n_outliers == 0; }
+  void load_columns(const float* x, int64_t token, int64_t column, int64_t count);
 
   const Matrix* matrix = nullptr;
   Arithmetic arithmetic = kFloat;

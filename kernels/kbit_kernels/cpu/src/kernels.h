@@ -26,6 +26,7 @@ struct Rounding {
 
 struct Kernels {
   void (*load)(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end);
+  void (*load_columns)(const Input& input, const float* x, int64_t token, int64_t column, int64_t count);  // or null
   void (*multiply)(const Matrix& matrix, const Input& input, float* y, int64_t stride,
                    int64_t begin, int64_t end);
   void (*dequantize)(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);

@@ -23,7 +23,7 @@ namespace avx512 {
 #include "dispatch.inl"
 #include "tile.inl"
 #include "quantize.inl"
-#if __has_include(<amxtileintrin.h>)  // the assembler knows it too
+#if defined(KBIT_AMX)
 #include "amx.inl"
 #endif
 }  // namespace avx512
@@ -32,7 +32,7 @@ namespace avx512 {
 #endif
 
 const Kernels* const avx512_kernels = &avx512::kKernels;
-#if __has_include(<amxtileintrin.h>)
+#if defined(KBIT_AMX)
 const Kernels* const amx_kernels = &avx512::kAmxKernels;
 #else
 const Kernels* const amx_kernels = nullptr;

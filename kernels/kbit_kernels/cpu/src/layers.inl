@@ -108,9 +108,21 @@ static void rotate(float* x, const float* cos, const float* sin, int64_t half) {
 }
 
 template <class E>
+static inline void put_value(const float* v, int64_t count, E* out) {
+  int64_t d = 0;
+  for (; d + kLanes <= count; d += kLanes) store(out + d, load(v + d));
+  for (; d < count; ++d) put(out + d, v[d]);
+}
+
+template <class E>
 static void put_key(const float* k, int64_t head_dim, E* keys, int64_t position) {
   E* out = keys + position / kKeyBlock * kKeyBlock * head_dim + position % kKeyBlock;
-  for (int64_t d = 0; d < head_dim; ++d) put(out + d * kKeyBlock, k[d]);
+  E part[kLanes];
+  for (int64_t d = 0; d < head_dim; d += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, head_dim - d);
+    put_value(k + d, count, part);
+    for (int64_t i = 0; i < count; ++i) out[(d + i) * kKeyBlock] = part[i];
+  }
 }
 
 static void store_key(const float* k, int64_t head_dim, int32_t type, void* keys, int64_t position) {
@@ -118,16 +130,13 @@ static void store_key(const float* k, int64_t head_dim, int32_t type, void* keys
   else put_key(k, head_dim, static_cast<float*>(keys), position);
 }
 
-template <class E>
-static void put_value(const float* v, int64_t head_dim, E* out) {
-  for (int64_t d = 0; d < head_dim; ++d) put(out + d, v[d]);
-}
-
 static void store_value(const float* v, int64_t head_dim, int64_t padded, int32_t type, void* values,
                         int64_t position) {
   if (type == kCacheFp16) put_value(v, head_dim, static_cast<Half*>(values) + position * padded);
   else put_value(v, head_dim, static_cast<float*>(values) + position * padded);
 }
+
+using Range = std::pair<int64_t, int64_t>;
 
 constexpr int kBlockVecs = static_cast<int>(kKeyBlock) / kLanes;
 constexpr int kChunkBlocks = static_cast<int>(kKeyChunk / kKeyBlock);
@@ -222,48 +231,79 @@ static inline void weigh(const float* weights, const E* values, int64_t padded, 
     else { call(1); row += 1; }               \
   }
 
-// Scores of one row -> weights of its visible keys [a, b) of the chunk, 0 elsewhere; keeps the
-// running maximum and total, and rescales what was summed so far.
-static inline void soften(const Attend& job, int64_t row, int64_t chunk, int64_t a, int64_t b,
-                          float* s) {
-  map(s, s, s, kKeyChunk, [&](Vec v, Vec) { return v * splat(job.scale); });
-  if (job.softcap != 0) softcap(s + a, b - a, job.softcap);
-  if (job.slopes) {
-    const float slope = job.slopes[row];
-    for (int64_t j = a; j < b; ++j) s[j] -= slope * static_cast<float>(job.position[row] - chunk - j);
+// What weights are relative to, the largest score, is kept until one is so much larger (e^8 is far from
+// an overflow): else every second chunk of few has a new one, and all sums are scaled.
+constexpr float kPeakRoom = 8;
+
+// By what scores are still to be multiplied.
+static inline float score_factor(const Attend& job) { return job.softcap != 0 || job.slopes ? 1 : job.scale; }
+
+// Scores of a row that sees keys [a, b) of a chunk: hides the other keys, and brings the row's peak, its
+// total and its sums to what they are beside these scores.
+static inline void raise_peak(const Attend& job, int64_t row, int64_t chunk, int64_t a, int64_t b) {
+  float* s = job.scratch + row * kKeyChunk;
+  if (job.softcap != 0 || job.slopes) {
+    scale(s, job.scale, s, kKeyChunk);
+    if (job.softcap != 0) softcap(s + a, b - a, job.softcap);
+    const float slope = job.slopes ? job.slopes[row] : 0;
+    for (int64_t j = a; job.slopes && j < b; ++j) s[j] -= slope * static_cast<float>(job.position[row] - chunk - j);
   }
-  for (int64_t j = 0; j < a; ++j) s[j] = -HUGE_VALF;
-  for (int64_t j = b; j < kKeyChunk; ++j) s[j] = -HUGE_VALF;
+  if (a > 0 || b < kKeyChunk) {
+    for (int64_t j = 0; j < kKeyChunk; j += kLanes) {
+      const IVec key = lane_numbers() + static_cast<int32_t>(j);
+      const auto hidden = (key < static_cast<int32_t>(a)) | (key >= static_cast<int32_t>(b));
+      store(s + j, hidden ? splat(-HUGE_VALF) : load(s + j));
+    }
+  }
   Vec peaks = load(s);
   for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) peaks = max(load(s + j), peaks);
-  const float before = job.peak[row], here = max_lanes(peaks), peak = here > before ? here : before;
-  const Vec shift = splat(peak);
-  Vec total = Vec{};
-  for (int64_t j = 0; j < kKeyChunk; j += kLanes) {
-    const Vec weight = exp(load(s + j) - shift);
-    store(s + j, weight);
-    total += weight;
-  }
+  const float before = job.peak[row], here = max_lanes(peaks) * score_factor(job);
+  if (!(here > before + kPeakRoom)) return;
+  job.peak[row] = here;
   // before the first keys sum and total are 0, and the factor is 0
-  const float factor = peak == before ? 1 : exp(splat(before) - shift)[0];
-  job.peak[row] = peak;
-  job.total[row] = job.total[row] * factor + add_lanes(total);
-  if (factor != 1.0f) {
-    float* sum = job.sum + row * job.padded;
-    for (int64_t d = 0; d < job.padded; d += kLanes) store(sum + d, load(sum + d) * factor);
-  }
+  const float factor = exp(splat(before) - splat(here))[0];
+  job.total[row] *= factor;
+  float* sum = job.sum + row * job.padded;
+  for (int64_t d = 0; d < job.padded; d += kLanes) store(sum + d, load(sum + d) * factor);
 }
 
-// Scores of a chunk to weights, and whether every row sees every key.
-static bool soften_all(const Attend& job, int64_t chunk) {
+// Scores of a chunk to weights, 0 where a key is hidden, through put(row, key, v, w) with two vectors of
+// a row that sees any; EXP: e to a number. Whether every row sees every key. Peaks are found for all
+// rows first: a weight that waits for its own holds up those of the rows behind it.
+template <Vec (*EXP)(Vec), class Put>
+static inline bool soften_all(const Attend& job, int64_t chunk, Put put) {
   bool full = true;
+  const auto seen = [&](int64_t row) {
+    return Range{std::max<int64_t>(job.low[row] - chunk, 0), std::min<int64_t>(job.high[row] - chunk, kKeyChunk)};
+  };
   for (int64_t row = 0; row < job.rows; ++row) {
-    const int64_t a = std::max<int64_t>(job.low[row] - chunk, 0);
-    const int64_t b = std::min<int64_t>(job.high[row] - chunk, kKeyChunk);
-    if (a < b) soften(job, row, chunk, a, b, job.scratch + row * kKeyChunk);
-    full = full && a == 0 && b == kKeyChunk;
+    const Range keys = seen(row);
+    if (keys.first < keys.second) raise_peak(job, row, chunk, keys.first, keys.second);
+    full = full && keys.first == 0 && keys.second == kKeyChunk;
+  }
+  const Vec times = splat(score_factor(job));
+  for (int64_t row = 0; row < job.rows; ++row) {
+    const Range keys = seen(row);
+    if (keys.first >= keys.second) continue;
+    const float* s = job.scratch + row * kKeyChunk;
+    const Vec shift = splat(-job.peak[row]);
+    Vec total = Vec{};
+    for (int64_t j = 0; j < kKeyChunk; j += 2 * kLanes) {
+      const Vec v = EXP(fma(load(s + j), times, shift)), w = EXP(fma(load(s + j + kLanes), times, shift));
+      put(row, j, v, w);
+      total += v + w;
+    }
+    job.total[row] += add_lanes(total);
   }
   return full;
+}
+
+// The same in place of the scores.
+static bool soften_all(const Attend& job, int64_t chunk) {
+  return soften_all<exp>(job, chunk, [&](int64_t row, int64_t j, Vec v, Vec w) {
+    store(job.scratch + row * kKeyChunk + j, v);
+    store(job.scratch + row * kKeyChunk + j + kLanes, w);
+  });
 }
 
 template <class E>

@@ -1,6 +1,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "amx_tiles.h"
 #include "layers.h"
@@ -21,7 +22,7 @@ namespace avx512_layer {
 #define KBIT_F16C
 #include "vec.h"
 #include "layers.inl"
-#if __has_include(<amxtileintrin.h>)  // the assembler knows it too
+#if defined(KBIT_AMX)
 #include "attend_amx.inl"
 #endif
 }  // namespace avx512_layer
@@ -34,7 +35,7 @@ namespace avx512_layer {
 #endif
 
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
-#if __has_include(<amxtileintrin.h>)
+#if defined(KBIT_AMX)
 const kbit::LayerKernels* const kbit::amx_layers = &kbit::avx512_layer::kAmxLayers;
 const kbit::LayerKernels* const kbit::amx_bf16_layers = &kbit::avx512_layer::kAmxBf16Layers;
 #else

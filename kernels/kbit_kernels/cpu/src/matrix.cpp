@@ -306,6 +306,10 @@ void Input::load(const float* x, int64_t stride, int64_t begin, int64_t end) {
   matrix->kernels->load(*this, x, stride, begin, end);
 }
 
+void Input::load_columns(const float* x, int64_t token, int64_t column, int64_t count) {
+  matrix->kernels->load_columns(*this, x, token, column, count);
+}
+
 void multiply(const Matrix& matrix, const Input& input, float* y, int64_t stride, int64_t begin,
               int64_t end) {
   if (begin < end && input.tokens > 0) {

@@ -46,6 +46,9 @@ class Product {
 
   // Prepares token `at` from x [cols].
   void load(Inputs* inputs, const float* x, int64_t at) const;
+  // Whether columns can be prepared by themselves, while `other`'s input is still in use.
+  bool loads_columns(const Inputs& inputs, const Product& other) const;
+  void load_columns(const Inputs& inputs, const float* x, int64_t at, int64_t column, int64_t count) const;
   // A thread's share of the outputs.
   Range range(int thread) const { return ranges_[static_cast<size_t>(thread)]; }
   // Outputs `range` of all tokens that the inputs are shaped for, into y[t * stride]; y is the first's.

@@ -41,7 +41,18 @@ struct V {
   static F add(F a, F b) { return _mm256_add_ps(a, b); }
   static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F min(F a, F b) { return _mm256_min_ps(a, b); }
+  // a, and `step` more where v is above the bound.
+  static I add_above(I a, int32_t step, F v, F bound) {
+    const I above = _mm256_castps_si256(_mm256_cmp_ps(v, bound, _CMP_GT_OQ));
+    return _mm256_add_epi32(a, _mm256_and_si256(above, iset1(step)));
+  }
+  static F gather(const float* p, I at) { return _mm256_i32gather_ps(p, at, 4); }
+  static void store_codes(uint8_t* p, I a) {
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(words(a), izero128()));
+  }
   static F abs(F a) { return _mm256_andnot_ps(set1(-0.0f), a); }
   static float sum(F a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));

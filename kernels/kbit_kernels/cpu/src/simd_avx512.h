@@ -44,7 +44,17 @@ struct V {
   static F add(F a, F b) { return _mm512_add_ps(a, b); }
   static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  static F min(F a, F b) { return _mm512_min_ps(a, b); }
+  // a, and `step` more where v is above the bound.
+  static I add_above(I a, int32_t step, F v, F bound) {
+    return _mm512_mask_add_epi32(a, _mm512_cmp_ps_mask(v, bound, _CMP_GT_OQ), a, iset1(step));
+  }
+  static F gather(const float* p, I at) { return _mm512_i32gather_ps(at, p, 4); }
+  static void store_codes(uint8_t* p, I a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
   static F abs(F a) { return _mm512_abs_ps(a); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float peak(F a) { return _mm512_reduce_max_ps(a); }

@@ -62,16 +62,21 @@ struct V {
   static F add(F a, F b) { return a + b; }
   static F mul(F a, F b) { return a * b; }
   static F fma(F a, F b, F c) { return a * b + c; }
+  static F div(F a, F b) { return a / b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  static F min(F a, F b) { return a < b ? a : b; }
+  // a, and `step` more where v is above the bound.
+  static I add_above(I a, int32_t step, F v, F bound) { return a + ((v > bound) & iset1(step)); }
+  static F gather(const float* p, I at) { return F{p[at[0]], p[at[1]], p[at[2]], p[at[3]]}; }
+  static void store_codes(uint8_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<uint8_t>(a[i]); }
   static F abs(F a) { for (int i = 0; i < 4; ++i) a[i] = std::fabs(a[i]); return a; }
   static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float peak(F a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
   static F to_float(I a) { return __builtin_convertvector(a, F); }
   static int32_t isum(I a) { return (a[0] + a[2]) + (a[1] + a[3]); }
-  static I round(F a) {
-    I r;
-    for (int i = 0; i < 4; ++i) r[i] = static_cast<int32_t>(std::lrintf(a[i]));
-    return r;
+  static I round(F a) {  // below 2^22
+    const F big = set1(12582912.0f);  // 1.5 * 2^23, beside which no fractions are left
+    return __builtin_convertvector(a + big - big, I);
   }
   static I iadd(I a, I b) { return a + b; }
   static void store8(int8_t* p, I a) { for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(a[i]); }

@@ -12,6 +12,11 @@ typedef float Loose __attribute__((vector_size(4 * kLanes), aligned(4), may_alia
 static inline Vec load(const float* p) { return *reinterpret_cast<const Loose*>(p); }
 static inline void store(float* p, Vec v) { *reinterpret_cast<Loose*>(p) = v; }
 static inline Vec splat(float x) { return x - Vec{}; }
+static inline IVec lane_numbers() {
+  IVec v;
+  for (int i = 0; i < kLanes; ++i) v[i] = i;
+  return v;
+}
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
 static inline Vec fma(Vec a, Vec b, Vec c) {
 #if KBIT_LANES == 16
@@ -65,6 +70,13 @@ static inline Vec load(const Half* p) {
 static inline void put(Half* p, float x) {
   p->bits = static_cast<uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT));
 }
+static inline void store(Half* p, Vec v) {
+#if KBIT_LANES == 16
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
 #else
 static inline float widen(Half half) {
   const uint32_t sign = static_cast<uint32_t>(half.bits & 0x8000) << 16, rest = half.bits & 0x7fff;
@@ -108,6 +120,9 @@ static inline void put(Half* p, float x) {
   }
   p->bits = static_cast<uint16_t>(sign | half);
 }
+static inline void store(Half* p, Vec v) {
+  for (int i = 0; i < kLanes; ++i) put(p + i, v[i]);
+}
 #endif
 static inline void put(float* p, float x) { *p = x; }
 
@@ -131,6 +146,17 @@ static inline Vec exp(Vec x) {
   const IVec power = (((IVec)shifted - (IVec)magic) + 127) << 23;
   const Vec y = p * (Vec)power;
   return tiny ? Vec{} : y;
+}
+
+// e^x to 2^-13, for what is then rounded to bf16; 0 below -87.3, x at most 88; NaN stays NaN.
+static inline Vec rough_exp(Vec x) {
+  const Vec power = x * splat(1.44269504f), shifted = power + splat(12582912.0f);  // as in exp
+  const Vec r = power - (shifted - splat(12582912.0f));
+  Vec p = fma(splat(0.0551716685f), r, splat(0.2426111251f));  // 2^r, the least relative error on [-0.5, 0.5]
+  p = fma(p, r, splat(0.6932609677f));
+  p = fma(p, r, splat(0.9999280572f));
+  const Vec y = p * (Vec)(((IVec)shifted + 127) << 23);
+  return x < splat(-87.3f) ? Vec{} : y;
 }
 
 // tanh with an error of 1e-7; exact limits.
