@@ -28,10 +28,11 @@ from kbit_kernels.cpu.rounding import quantize
 from record import last_level_cache_bytes, save_section
 
 COLD_BYTES = max(256 << 20, 2 * last_level_cache_bytes())
-# Of a round, all threads together. Alone 0.002. Beside one spinning process 0.2 to 0.9, with rounds
-# 1.5 to 4 times as long; beside one of nice 19 0.05 or 0.5, with rounds 1.04 or 1.8 times as long.
-WAITED_SHARE = 0.03
-ATTEMPTS = 4  # rounds tried for each one wanted
+# Of a round, all threads together. Alone 0.002, and 0.06 where the kernel's own threads are busy.
+# Beside one spinning process 0.2 to 0.9, with rounds 1.5 to 4 times as long; beside one of nice 19
+# 0.05 or 0.5, with rounds 1.04 or 1.8 times as long.
+WAITED_SHARE = 0.1
+PATIENCE_S = 60  # with the other load, in all rounds of a case
 ROUNDS = 7
 TOLERANCE = {"float": 1e-5, "int16": 3e-4, "int8": 2e-2}
 ARITHMETICS = tuple(TOLERANCE)  # bf16 is int16 for one token, int8 for many
@@ -171,10 +172,12 @@ def undisturbed(
         rounds.append((seconds, (waited_seconds() - already) / seconds, given))
 
     timed()
+    began = time.perf_counter()
     benchmark.pedantic(one_round, setup=lambda: ((before(),), {}), rounds=ROUNDS, iterations=1)
     while len(quiet := [(s, g) for s, w, g in rounds if w <= WAITED_SHARE]) < ROUNDS:
-        if len(rounds) >= ATTEMPTS * ROUNDS:
+        if time.perf_counter() - began > PATIENCE_S:
             pytest.fail("other processes held the cores: measure on a quiet machine")
+        time.sleep(0.2)
         one_round(before())
     return quiet
 
