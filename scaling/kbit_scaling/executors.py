@@ -75,7 +75,12 @@ class Pool:
                         # a short queue keeps neighbours (the same model) running side by side
                         while todo and len(running) < 2 * self.workers:
                             planned, attempt = todo.popleft()
-                            running[pool.submit(compute, planned, settings)] = planned, attempt
+                            try:
+                                future = pool.submit(compute, planned, settings)
+                            except BrokenProcessPool:  # a worker died since; this one never ran
+                                todo.append((planned, attempt))
+                                raise
+                            running[future] = planned, attempt
                         done, _ = wait(running, return_when=FIRST_COMPLETED)
                         for future in done:
                             records = future.result()

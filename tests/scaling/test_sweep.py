@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections.abc import Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -15,7 +18,7 @@ import pytest
 from kbit.engine.executor import load_executor
 from kbit.errors import KbitError
 from kbit.evaluate.score import compare_windows
-from kbit_scaling import run, weights
+from kbit_scaling import executors, run, weights
 from kbit_scaling.claims import Claims
 from kbit_scaling.executors import ATTEMPTS, Inline, Pool, get_executor
 from kbit_scaling.records import Record, Store
@@ -278,6 +281,33 @@ def test_reference_logits_stay_within_their_limit(
     [record] = run.compute(jobs[1], small)
     assert record.status == "failed"
     assert "raise --cache-gb" in (record.error or "")
+
+
+def test_a_job_is_kept_where_the_pool_breaks_before_it_is_out(
+    setup: tuple[list[Planned], Store, Settings], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, store, settings = setup
+    broken: list[bool] = []
+
+    @contextmanager
+    def breaking(workers: int) -> Iterator[Any]:
+        with process_pool(workers) as pool:
+            submit = pool.submit
+
+            def once(*job: Any) -> Any:
+                if not broken:
+                    broken.append(True)
+                    raise BrokenProcessPool("a worker died")
+                return submit(*job)
+
+            monkeypatch.setattr(pool, "submit", once)
+            yield pool
+
+    monkeypatch.setattr(executors, "process_pool", breaking)
+    sweep(jobs, store, settings, Pool(2))
+    assert broken
+    assert len(store) == 10
+    assert [r.error for r in store if r.status != "ok"] == []
 
 
 def test_a_pool_survives_the_death_of_a_worker(
