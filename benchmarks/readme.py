@@ -249,7 +249,10 @@ def by_type(at: list[dict[str, Any]]) -> str:
             found[match[1], match[2]] = row["us"]
     widths = sorted({bits for _, bits in found}, reverse=True)
     rows = [
-        [f"`{name}`", *(f"{found[name, bits]:.1f}" for bits in widths if (name, bits) in found)]
+        [
+            f"`{name}`",
+            *(f"{found[at]:.1f}" if (at := (name, bits)) in found else "" for bits in widths),
+        ]
         for name in ("int", "uint", "nf", "fp")
         if any(name == known for known, _ in found)
     ]

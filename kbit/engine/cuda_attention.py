@@ -286,7 +286,7 @@ class Attend:
         q, k, v = (_of_rows(x) for x in (q, k, v))
         cos, sin = (positions, positions) if a.rotary is None else cache.rotary[a.rotary]
         rows, width = (max(16, triton.next_power_of_2(size)) for size in (H // G, D))
-        # positions at once: keys and values of a block fill 128 of each thread's registers
+        # positions at once: keys and values of a block fill 64 of each thread's registers
         block = max(16, min(64, 16384 // (width * keys.element_size())))
         _, processors = gpu_class(q.device)
         splits = min(
