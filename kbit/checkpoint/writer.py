@@ -16,7 +16,8 @@ import mmap
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ ALIGNMENT = 64  # bytes, a cache line and an AVX-512 register
 MAX_SHARD_BYTES = 4_000_000_000
 _HASH_CHUNK_BYTES = 1 << 20
 _LARGE_PAGE_BYTES = 2 << 20
+_WRITE_BACK_BYTES = 64 << 20
 
 Parts = Mapping[str, tuple[np.dtype, tuple[int, ...]]]  # stored name -> dtype, shape
 
@@ -125,6 +127,9 @@ class FilledFiles:
         self.layout = layout
         self._descriptors: dict[str, int] = {}
         self._large_pages: set[tuple[str, int]] = set()
+        self._disk = ThreadPoolExecutor(1)
+        self._write_back: Future[None] | None = None
+        self._waiting_bytes = 0
         try:
             for name, size in layout.sizes.items():
                 descriptor = os.open(directory / name, os.O_RDWR | os.O_CREAT, 0o666)
@@ -165,11 +170,34 @@ class FilledFiles:
             position += len(chunk)
         return digest.hexdigest()
 
+    def finished(self, stored: Iterable[str]) -> None:
+        """Told of stored tensors that are whole: their bytes go to the disk beside the caller's
+        work, many at a time, so that `sync` has little left. Not thread-safe."""
+        self._waiting_bytes += sum(self.layout.places[name].nbytes for name in stored)
+        if self._waiting_bytes < _WRITE_BACK_BYTES:
+            return
+        if self._write_back and not self._write_back.done():
+            return
+        self._check_write_back()
+        self._waiting_bytes = 0
+        self._write_back = self._disk.submit(self._sync_all)
+
     def sync(self) -> None:
+        """Everything is on the disk, or OSError."""
+        self._check_write_back()
+        self._sync_all()
+
+    def _check_write_back(self) -> None:
+        """The kernel tells of a failed write once: one that the other thread heard of counts."""
+        if self._write_back:
+            self._write_back.result()
+
+    def _sync_all(self) -> None:
         for descriptor in self._descriptors.values():
             os.fsync(descriptor)
 
     def close(self) -> None:
+        self._disk.shutdown()
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()

@@ -218,6 +218,7 @@ class Pipeline:
             else [part_name(name, s) for s in expected_parts(spec, (shape[0], shape[1]))]
         )
         self.work.record(name, {part: files.sha256(part) for part in stored})
+        files.finished(stored)
 
     def _quantization(self) -> Quantization:
         done = self.work.done

@@ -2,6 +2,8 @@
 
 import errno
 import mmap
+import os
+import threading
 from contextlib import closing
 from itertools import pairwise
 from pathlib import Path
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kbit.checkpoint import writer
 from kbit.checkpoint.writer import FilledFiles, plan_layout
 
 PIECES = (0, 1, 4_000_000, 4_000_001, 2 << 20, 5 << 20, (5 << 20) + 77)
@@ -38,3 +41,25 @@ def test_files_that_cannot_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(mmap, "mmap", refused)
     fill(tmp_path)
+
+
+def test_a_write_that_failed_in_the_background_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sync, threads = os.fsync, []
+
+    def failing_once(descriptor: int) -> None:  # as the kernel does
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        sync(descriptor)
+
+    monkeypatch.setattr(writer, "_WRITE_BACK_BYTES", 4)
+    monkeypatch.setattr(os, "fsync", failing_once)
+    layout = plan_layout({"w": {"w": (np.dtype(np.uint8), (4,))}})
+    with closing(FilledFiles(tmp_path, layout)) as files:
+        files.write("w", np.ones(4, np.uint8))
+        files.finished(["w"])
+        with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+            files.sync()
+    assert threads[0] is not threading.current_thread()
