@@ -31,11 +31,11 @@ int spins_for(int threads) {
 }  // namespace
 
 bool Barrier::arrive() {
-  const uint32_t phase = phase_.load(std::memory_order_acquire);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 < count_) return false;
   arrived_.store(0, std::memory_order_relaxed);
-  // seq_cst here and in wait: either the last one sees a sleeper, or the sleeper sees the new phase
-  phase_.store(phase + 1, std::memory_order_seq_cst);
+  // seq_cst here and in wait: either the last one sees a sleeper, or the sleeper sees the new phase.
+  // Not a store: QEMU lets the load below pass an aarch64 store-release, and both then sleep for ever.
+  phase_.fetch_add(1, std::memory_order_seq_cst);
   if (sleepers_.load(std::memory_order_seq_cst) > 0) {
     std::lock_guard<std::mutex> lock(mutex_);
     wake_.notify_all();
