@@ -20,6 +20,7 @@ from kbit.errors import KbitError
 # Sorting a whole vocabulary costs as long as a small model's decode step; the most likely tokens
 # nearly always hold top_p of the mass, and if not, eight times as many are tried.
 _FIRST_CANDIDATES = 256
+_STRETCH = 256
 
 
 @dataclass(frozen=True)
@@ -117,13 +118,10 @@ class Sampler:
         _check_finite(top, float(logits[top]))
         scores = self.penalized(logits)
         if self.options.temperature == 0:
-            token = int(np.argmax(scores))
+            token = top if scores is logits else int(np.argmax(scores))
         else:
-            ids, probabilities = distribution(scores, self.options)
-            cumulative = np.cumsum(probabilities)
-            draw = self._random.random() * cumulative[-1]
-            place = int(np.searchsorted(cumulative, draw, side="right"))
-            token = int(ids[min(place, len(ids) - 1)])
+            ids, weights = candidates(scores, self.options)
+            token = int(ids[_drawn(weights, self._random.random())])
         self._seen.add(token)
         self._said[token] += 1
         if logprobs is None:
@@ -184,36 +182,59 @@ def _check_finite(token: int, logit: float) -> None:
         )
 
 
-def distribution(scores: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens that may be drawn, int64 [C], and their probabilities, float64 [C], sum 1.
+def candidates(scores: np.ndarray, options: Sampling) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens that may be drawn, int64 [C], and their weights, float64 [C]: probabilities but
+    for a common factor.
 
     scores: float32 [V], penalties applied; options.temperature above 0.
     """
-    scaled = scores.astype(np.float64) / options.temperature
-    ids = np.arange(scaled.size)
-    if 0 < options.top_k < scaled.size:
-        kth = np.partition(scaled, scaled.size - options.top_k)[-options.top_k]
-        ids = np.flatnonzero(scaled >= kth)
-    p = np.exp(scaled[ids] - scaled.max())
-    p /= p.sum()
+    weights = scores.astype(np.float64)
+    weights -= weights.max()
+    weights /= options.temperature
+    np.exp(weights, out=weights)
+    ids = np.arange(weights.size)
+    if 0 < options.top_k < weights.size:
+        kth = np.partition(scores, scores.size - options.top_k)[-options.top_k]
+        ids = np.flatnonzero(scores >= kth)
+        weights = weights[ids]
     if options.top_p < 1:
-        keep = _nucleus(p, options.top_p)
-        ids, p = ids[keep], p[keep]
+        keep = _nucleus(weights, options.top_p * weights.sum())
+        ids, weights = ids[keep], weights[keep]
     if options.min_p > 0:
-        keep = p >= options.min_p * p.max()
-        ids, p = ids[keep], p[keep]
-    return ids, p / p.sum()
+        keep = weights >= options.min_p * weights.max()
+        ids, weights = ids[keep], weights[keep]
+    return ids, weights
 
 
-def _nucleus(p: np.ndarray, top_p: float) -> np.ndarray:
-    """Positions, most likely first, of the fewest tokens whose probabilities reach top_p."""
+def _drawn(weights: np.ndarray, uniform: float) -> int:
+    """A position, drawn by weight. A running sum over a whole vocabulary would take longer than
+    everything else here; so it goes over the sums of stretches, and then over one stretch."""
+    starts = np.arange(0, weights.size, _STRETCH)
+    place, rest = _first_beyond(np.add.reduceat(weights, starts), uniform)
+    start = starts[place]
+    within = weights[start : start + _STRETCH]
+    return int(start) + _first_beyond(within, rest)[0]
+
+
+def _first_beyond(weights: np.ndarray, share: float) -> tuple[int, float]:
+    """Where the running sum passes this share of the whole, and how far into that weight."""
+    sums = np.cumsum(weights)
+    # below the whole and not below 0, so that what it falls on has a weight
+    target = min(share * sums[-1], np.nextafter(sums[-1], 0))
+    place = int(np.searchsorted(sums, target, side="right"))
+    into = (target - (sums[place] - weights[place])) / weights[place]
+    return place, max(float(into), 0.0)
+
+
+def _nucleus(p: np.ndarray, mass: float) -> np.ndarray:
+    """Positions, largest first, of the fewest weights that together reach `mass`."""
     count = min(_FIRST_CANDIDATES, p.size)
     while True:
         some = np.argpartition(p, p.size - count)[-count:] if count < p.size else np.arange(p.size)
         order = some[np.lexsort((some, -p[some]))]  # ties by position, whatever argpartition did
         before = np.cumsum(p[order]) - p[order]
-        if count == p.size or before[-1] >= top_p:
-            return order[before < top_p]
+        if count == p.size or before[-1] >= mass:
+            return order[before < mass]
         count = min(count * 8, p.size)
 
 

@@ -17,7 +17,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from kbit.engine.sampler import Sampler, Sampling, distribution
+from kbit.engine.sampler import Sampler, Sampling, _drawn, candidates
 from kbit.errors import KbitError
 
 V = 700  # more than the sampler's first candidates
@@ -49,15 +49,15 @@ def test_distribution_as_transformers(
     options = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     for seed, spread in ((0, 3.0), (1, 0.1)):  # 0.1: nearly flat, so the nucleus is wide
         logits = logits_of(seed, spread)
-        ids, p = distribution(logits, options)
+        ids, weights = candidates(logits, options)
         full = np.zeros(V)
-        full[ids] = p
+        full[ids] = weights / weights.sum()
         np.testing.assert_allclose(full, theirs(logits, options), atol=1e-9)
 
 
 def test_ties_at_top_k_stay() -> None:
     logits = np.asarray([1, 3, 2, 2, 0], dtype=np.float32)
-    ids, _ = distribution(logits, Sampling(temperature=1, top_k=2))
+    ids, _ = candidates(logits, Sampling(temperature=1, top_k=2))
     assert sorted(ids.tolist()) == [1, 2, 3]
 
 
@@ -89,7 +89,8 @@ def test_presence_and_frequency_count_only_the_answer() -> None:
 def test_draws_follow_the_distribution() -> None:
     options = Sampling(temperature=0.8, top_p=0.9)
     logits = logits_of(3)
-    ids, p = distribution(logits, options)
+    ids, weights = candidates(logits, options)
+    p = weights / weights.sum()
     sampler = Sampler(options, seed=11)
     draws = 4000
     counts = np.bincount([sampler.choose(logits).token for _ in range(draws)], minlength=V)
@@ -97,6 +98,20 @@ def test_draws_follow_the_distribution() -> None:
     # A fixed seed: 5 sigma of a binomial for every token.
     sigma = np.sqrt(draws * p * (1 - p))
     assert np.all(np.abs(counts[ids] - draws * p) < 5 * sigma + 1)
+
+
+@given(
+    zeros=st.sets(st.integers(0, V - 1), max_size=V - 1),
+    uniform=st.floats(0, 1, exclude_max=True),
+)
+def test_a_draw_is_where_the_running_sum_passes_it(zeros: set[int], uniform: float) -> None:
+    weights = np.random.default_rng(5).random(V) ** 8
+    weights[list(zeros)] = 0
+    sums = np.cumsum(weights)
+    place = _drawn(weights, uniform)
+    assert weights[place] > 0
+    slack = 1e-12 * sums[-1]
+    assert sums[place] - weights[place] - slack <= uniform * sums[-1] <= sums[place] + slack
 
 
 def test_seeds_and_samples_differ_and_repeat() -> None:
