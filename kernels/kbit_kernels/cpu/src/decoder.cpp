@@ -78,7 +78,7 @@ struct Decoder::State {
 
 Decoder::State::State(const DecoderSpec& decoder)
     : spec(decoder),
-      pool(decoder.threads),
+      pool(decoder.threads, true),
       workers(static_cast<size_t>(pool.threads())) {
   const Isa isa = spec.isa < 0 ? best_isa() : static_cast<Isa>(spec.isa);
   require(isa_available(isa), "this machine does not have the instruction set asked for");

@@ -22,10 +22,12 @@ inline void relax() {
 // Some 20 microseconds on a Xeon: longer than the work between two barriers of a decode step differs between
 // threads, short enough that an idle pool costs nothing.
 constexpr int kSpins = 2000;
+// Some 200 microseconds: longer than it takes to choose the next token.
+constexpr int kPatientSpins = 20000;
 
-int spins_for(int threads) {
+int spins_for(int threads, int spins) {
   const unsigned cores = std::thread::hardware_concurrency();
-  return cores != 0 && static_cast<unsigned>(threads) > cores ? 0 : kSpins;
+  return cores != 0 && static_cast<unsigned>(threads) > cores ? 0 : spins;
 }
 
 }  // namespace
@@ -56,11 +58,11 @@ void Barrier::wait() {
   sleepers_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-Pool::Pool(int threads)
+Pool::Pool(int threads, bool patient)
     : threads_(threads < 1 ? 1 : threads),
-      start_(threads_, spins_for(threads_)),
-      end_(threads_, spins_for(threads_)),
-      inner_(threads_, spins_for(threads_)) {
+      start_(threads_, spins_for(threads_, patient ? kPatientSpins : kSpins)),
+      end_(threads_, spins_for(threads_, kSpins)),
+      inner_(threads_, spins_for(threads_, kSpins)) {
   try {
     for (int thread = 1; thread < threads_; ++thread) {
       workers_.emplace_back([this, thread] { work(thread); });

@@ -41,7 +41,9 @@ inline std::pair<int64_t, int64_t> share(int64_t total, int64_t grain, int part,
 // spin). They are kbit's own: no other library's pool is used or asked to shrink.
 class Pool {
  public:
-  explicit Pool(int threads);  // throws std::runtime_error where the system does not start so many
+  // patient: threads wait for the next run awake, for longer than it takes to choose a token.
+  // Throws std::runtime_error where the system does not start so many.
+  explicit Pool(int threads, bool patient = false);
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
