@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard kernels/kbit_kernels/cpu/src/*)
 # The parts of `make bench`; each writes its section of benchmarks/results/MACHINE.json.
-BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-llama bench-sets
+BENCHES := bench-kernels bench-start bench-quantize bench-smollm2 bench-context bench-llama bench-sets
 
 .PHONY: help install demo test lint format study books bench $(BENCHES) bench-models clean
 
@@ -64,7 +64,7 @@ bench-models: $(VENV)/bench
 bench-kernels: $(VENV)/bench
 	$(BIN)/python -m pytest benchmarks/cpu_kernels.py
 
-bench-start bench-quantize: bench-models
+bench-start bench-quantize bench-context: bench-models
 	$(BIN)/python benchmarks/$(@:bench-%=%).py
 
 bench-smollm2: bench-models

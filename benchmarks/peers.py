@@ -174,7 +174,8 @@ def llama_cpp(path: str, threads: int, context: int, variant: str) -> tuple[Read
 
     def read(ids: list[int], room: int) -> None:
         api.llama_memory_clear(api.llama_get_memory(session), True)
-        step(ids)
+        for at in range(0, len(ids), options.n_batch):
+            step(ids[at : at + options.n_batch])
 
     def decode(count: int) -> None:
         for _ in range(count):
@@ -191,12 +192,14 @@ def measure(read: Read, decode: Decode, prompt: int, tokens: int) -> dict[str, f
     ready = time.perf_counter()
     decode(tokens)
     decoded = time.perf_counter()
-    read(prompt_ids(prompt), 1)
+    read(prompt_ids(prompt), tokens)
     end = time.perf_counter()
+    decode(tokens)
     return {
         "first_token_at": first,
         "decode_tokens_per_second": tokens / (decoded - ready),
         "prompt_tokens_per_second": prompt / (end - decoded),
+        "decode_after_prompt_tokens_per_second": tokens / (time.perf_counter() - end),
     }
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+WIDTHS = (8, 7, 6, 5, 4, 3, 2)
 TABLES: dict[str, Callable[[], str]] = {}
 
 
@@ -90,6 +91,56 @@ def plot() -> str:
     )
 
 
+KINDS = {"decode": "decode_tokens_per_second", "prompt": "prompt_tokens_per_second"}
+
+
+def over_llama_cpp(mine: dict[str, Any], rows: list[dict[str, Any]], key: str) -> str:
+    """kbit's rate over that of llama.cpp's fastest type of the same or larger size."""
+    large = [r for r in rows if r["model_bytes"] >= mine["model_bytes"]]
+    best = max(large, key=lambda r: float(r[key]))
+    return f"{mine[key]:.0f} / {best[key]:.0f} ({best['type']}) = {mine[key] / best[key]:.1f}"
+
+
+@table
+def beside() -> str:
+    """kbit over llama.cpp, a column a width."""
+    parts = []
+    for results in cpu_machines():
+        rows = []
+        for name, data in results.items():
+            if "prompt" not in data:
+                continue
+            kbit = {r["bits"]: r for r in data["rows"] if r.get("default")}
+            theirs = [r for r in data["rows"] if r["engine"] == "llama.cpp"]
+            for kind, key in KINDS.items():
+                cells = [over_llama_cpp(kbit[b], theirs, key) if b in kbit else "" for b in WIDTHS]
+                rows.append([f"{name}, {kind}", *cells])
+        parts.append(markdown(["tokens/s", *(f"{bits} bits" for bits in WIDTHS)], rows))
+    return "\n\n".join(parts)
+
+
+@table
+def context() -> str:
+    """Longer contexts, kbit over llama.cpp."""
+    parts = []
+    for results in cpu_machines():
+        data = results.get("context")
+        if data is None:
+            continue
+        rows = []
+        for kind, key in (("prompt", "prompt"), ("decode after it", "decode_after_prompt")):
+            cells = []
+            for at in dict.fromkeys(row["context"] for row in data["rows"]):
+                pair = [r for r in data["rows"] if r["context"] == at]
+                mine, its = (r[f"{key}_tokens_per_second"] for r in pair)
+                cells.append(f"{mine:.0f} / {its:.0f} = {mine / its:.1f}")
+            rows.append([kind, *cells])
+        contexts = dict.fromkeys(f"{row['context']} tokens" for row in data["rows"])
+        title = f"{data['bits']} bits / {data['type']}, tokens/s"
+        parts.append(f"{markdown([title, *contexts], rows)}\n\n<sub>{source(data)}</sub>")
+    return "\n\n".join(parts)
+
+
 @table
 def speed() -> str:
     parts = []
@@ -135,23 +186,21 @@ def _speed_of(name: str, data: dict[str, Any]) -> str:
 
 @table
 def instruction_sets() -> str:
-    """kbit over llama.cpp of the same width, by instruction set."""
+    """kbit over llama.cpp, by instruction set."""
     parts = []
     for results in cpu_machines():
         data = results.get("instruction sets")
         if data is None:
             continue
-        found = {(r["isa"], r["bits"], r["engine"][:4] == "kbit"): r for r in data["rows"]}
         rows = []
         for isa in dict.fromkeys(row["isa"] for row in data["rows"]):
-            for kind, label in (("decode", "decode"), ("prompt", "prompt of 512")):
-                key, cells = f"{kind}_tokens_per_second", []
-                for bits in dict.fromkeys(row["bits"] for row in data["rows"]):
-                    mine, its = found[isa, bits, True][key], found[isa, bits, False][key]
-                    cells.append(f"{mine:.0f} / {its:.0f} = {mine / its:.1f}")
-                rows.append([isa, label, *cells])
-        types = {row["bits"]: row["type"] for row in data["rows"] if "type" in row}
-        header = ["", "tokens/s", *(f"{bits} bits / {kind}" for bits, kind in types.items())]
+            at = [r for r in data["rows"] if r["isa"] == isa]
+            theirs = [r for r in at if r["engine"] == "llama.cpp"]
+            kbit = [r for r in at if r["engine"] != "llama.cpp"]
+            for kind, key in KINDS.items():
+                rows.append([f"{isa}, {kind}", *(over_llama_cpp(r, theirs, key) for r in kbit)])
+        widths = dict.fromkeys(f"{row['bits']} bits" for row in data["rows"])
+        header = ["tokens/s", *widths]
         parts.append(f"{markdown(header, rows)}\n\n<sub>{source(data)}</sub>")
     return "\n\n".join(parts)
 
