@@ -1,5 +1,7 @@
 """Long prompts, and decoding after them: kbit beside llama.cpp, both at 4 bits, SmolLM2.
 
+llama.cpp runs with and without its flash attention: with it prompts are faster, and decoding slower.
+
     python benchmarks/context.py [--rounds 7] [--foreign 0.05]
 
 Before anything is timed, kbit is held to the torch executor, on a text as on the longest context.
@@ -56,7 +58,8 @@ def main() -> None:
     held(path, threads, GREEDY)
     correct = differences(str(path), threads)
     print(f"agrees with the torch executor after {CONTEXTS[-1]} tokens: {correct}", flush=True)
-    engines = {f"kbit-{arithmetic}": path, "llama.cpp": model.gguf(THEIRS)}
+    theirs = model.gguf(THEIRS)
+    engines = {f"kbit-{arithmetic}": path, "llama.cpp": theirs, "llama.cpp-unfused": theirs}
     runs: dict[tuple[int, str], list[dict[str, float]]] = {}
     for turn in range(args.rounds):
         for context in CONTEXTS:

@@ -2,8 +2,8 @@
 
     python benchmarks/peers.py ENGINE PATH THREADS PROMPT TOKENS
 
-Engines: kbit-float, -int8, -int16, -bf16 (checkpoint directories), llama.cpp and
-xllamacpp (a .gguf file), transformers-fp32, transformers-bf16, bitsandbytes-nf4, torch-int4
+Engines: kbit-float, -int8, -int16, -bf16 (checkpoint directories), llama.cpp, llama.cpp-unfused
+and xllamacpp (a .gguf file), transformers-fp32, transformers-bf16, bitsandbytes-nf4, torch-int4
 (Hugging Face directories). kbit-int8@avx2 takes that instruction set, and llama.cpp@haswell the
 library for such processors of the build in .venv/variants. Every engine gets the same token ids.
 `run` starts it as a child and says how much of the machine others used.
@@ -136,8 +136,11 @@ def torch_int4(weight: Any, group: int = 64) -> Any:
 VARIANTS = Path(__file__).parents[1] / ".venv" / "variants"  # see the Makefile
 
 
-def llama_cpp(path: str, threads: int, context: int, variant: str) -> tuple[Read, Decode, Any]:
-    """llama.cpp's C API, with its defaults. variant: whose library for the processor to load."""
+def llama_cpp(
+    path: str, threads: int, context: int, kind: str, variant: str
+) -> tuple[Read, Decode, Any]:
+    """llama.cpp's C API, with its defaults; kind "unfused": without its flash attention. variant:
+    whose library for the processor to load."""
     import ctypes
 
     if variant:
@@ -161,6 +164,8 @@ def llama_cpp(path: str, threads: int, context: int, variant: str) -> tuple[Read
     options = api.llama_context_default_params()
     options.n_ctx = context
     options.n_threads = options.n_threads_batch = threads
+    if kind == "unfused":
+        options.flash_attn_type = api.LLAMA_FLASH_ATTN_TYPE_DISABLED
     session = api.llama_init_from_model(model, options)
     words = api.llama_vocab_n_tokens(api.llama_model_get_vocab(model))
     state: dict[str, Any] = {"quiet": quiet}
@@ -238,7 +243,7 @@ def child(engine: str, path: str, threads: int, prompt: int, tokens: int) -> dic
         if family == "kbit":
             read, decode, model = kbit(path, threads, kind, isa or None)
         elif family == "llama.cpp":
-            read, decode, model = llama_cpp(path, threads, prompt + tokens + 64, isa)
+            read, decode, model = llama_cpp(path, threads, prompt + tokens + 64, kind, isa)
         else:
             read, decode, model = transformers(path, threads, kind)
         loaded = time.perf_counter() - begin
