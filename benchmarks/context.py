@@ -1,6 +1,6 @@
 """Long prompts, and decoding after them: kbit beside llama.cpp, both at 4 bits, SmolLM2.
 
-llama.cpp runs with and without its flash attention: with it prompts are faster, and decoding slower.
+llama.cpp runs with and without its flash attention: prompts are faster with it, decoding slower.
 
     python benchmarks/context.py [--rounds 7] [--foreign 0.05]
 
