@@ -17,7 +17,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from kbit_kernels.triton.layout import COLUMNS, Scheme
+from kbit_kernels.triton.layout import COLUMNS, Scheme, zero_registers
 
 HALF_DTYPES: dict[str, Any] = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 MANTISSA_BITS = {"fp16": 10, "bf16": 7}
@@ -220,18 +220,12 @@ def _lookups(writer: _Writer, scheme: Scheme, merged: str, address: str) -> list
     return [writer.emit("prmt.b32", found[slot], found[slot + 2], "0x5410") for slot in (0, 1)]
 
 
-def zero_words(scheme: Scheme, block: int) -> int:
-    """Registers that hold the zero points of a row for one sub-tile, four bytes each."""
-    columns = COLUMNS // scheme.subtiles
-    return -(-columns // block // 4) if 0 < block < columns else 1
-
-
 @lru_cache(maxsize=256)
 def decode_ptx(scheme: Scheme, dtype: str, block: int = 64) -> tuple[str, str]:
     """The PTX of one step and its constraints.
 
     Operands: one result per output; one register of two words per chunk; then, for tables, the
-    lane's address in shared memory, or for zero points, `zero_words` registers: each twice (Triton
+    lane's address in shared memory, or for zero points, `zero_registers`: each twice (Triton
     passes 32-bit arguments once per word of the pair).
 
     Args:
@@ -256,7 +250,8 @@ def decode_ptx(scheme: Scheme, dtype: str, block: int = 64) -> tuple[str, str]:
                 zeros.append((f"${first + 2 * (index // 4)}", index % 4))
             zeros = zeros if scheme.kind == "uint" else []
             results += _integers(writer, scheme, merged, dtype, zeros)
-    twofold = {"table": 1, "uint": zero_words(scheme, block)}.get(scheme.kind, 0)
+    zeros_of_row = zero_registers(COLUMNS // scheme.subtiles, block)
+    twofold = {"table": 1, "uint": zeros_of_row}.get(scheme.kind, 0)
     constraints = ["=r"] * scheme.outputs + ["r"] * (scheme.chunks + 2 * twofold)
     return writer.text(results), ",".join(constraints)
 

@@ -13,6 +13,7 @@ from kbit_kernels.reference import dequantize as reference_dequantize
 from kbit_kernels.spec import QuantSpec
 from kbit_kernels.tensor import QuantizedTensor
 from kbit_kernels.triton import gemm, kernels
+from kbit_kernels.triton.blocks import LANES_FIRST
 from kbit_kernels.triton.configs import LINEAR_ROWS, Config, choose, gpu_class
 from kbit_kernels.triton.decode import (
     FENCE_PTX,
@@ -23,7 +24,6 @@ from kbit_kernels.triton.decode import (
     decode_ptx,
     table_words,
 )
-from kbit_kernels.triton.functions import LANES_FIRST
 from kbit_kernels.triton.layout import COLUMNS, rearrange, scheme_of, tile_blocks
 
 DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}

@@ -16,10 +16,15 @@ before (`ARRANGED`), of eight.
 import triton
 import triton.language as tl
 
-from kbit_kernels.triton.functions import (
-    after_others,
+from kbit_kernels.triton.blocks import (
     block_of,
     block_pointers,
+    values_of_all,
+    word_values,
+    zero_words,
+)
+from kbit_kernels.triton.functions import (
+    after_others,
     decode,
     dot,
     finish,
@@ -27,9 +32,6 @@ from kbit_kernels.triton.functions import (
     table,
     taken,
     tile_words,
-    values_of_all,
-    word_values,
-    zero_words,
 )
 
 

@@ -15,25 +15,27 @@ Triton expects lanes to hold: (hi, t, lo). With other layouts results are the sa
 import triton
 import triton.language as tl
 
-from kbit_kernels.triton.functions import (
+from kbit_kernels.triton.blocks import (
     LANES_FIRST,
-    after_others,
     block_of,
     block_pointers,
+    ends_block,
+    per_row,
+    pick,
+    values_of_all,
+    zero_words,
+)
+from kbit_kernels.triton.functions import (
+    after_others,
     decode,
     dot,
-    ends_block,
     finish,
     halves,
     in_order,
-    per_row,
-    pick,
     program,
     table,
     taken,
     tile_words,
-    values_of_all,
-    zero_words,
 )
 
 

@@ -161,6 +161,12 @@ def kind_of(spec: QuantSpec) -> Kind:
     return "table"
 
 
+def zero_registers(columns: int, block: int) -> int:
+    """Registers that hold the zero points of a row for a sub-tile of so many columns, four bytes
+    each; block: weights that share one, 0 a row."""
+    return -(-columns // block // 4) if 0 < block < columns else 1
+
+
 @lru_cache(maxsize=256)
 def scheme_of(spec: QuantSpec) -> Scheme:
     """The scheme of `spec`."""

@@ -74,7 +74,7 @@ def check_ptx(spec: QuantSpec, half: str, block: int) -> None:
         elif scheme.kind == "uint":
             columns = 256 // scheme.subtiles
             of_subtile = zeros[:, subtile * columns * groups // 256 :]
-            for register in range(decode.zero_words(scheme, block)):
+            for register in range(layout.zero_registers(columns, block)):
                 four = np.full((16, 4), 255, np.uint8)  # what lies beyond must not matter
                 some = of_subtile[:, 4 * register : 4 * register + 4]
                 four[:, : some.shape[1]] = some
