@@ -20,10 +20,10 @@ from kbit_kernels.tensor import SCALE_CODEBOOK, QuantizedTensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
 ABI = 2  # kAbi of src/kbit.h
-Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx"]
+Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx", "neon"]
 Arithmetic = Literal["float", "int8", "int16", "bf16"]
 # in the order of the enums of src/kbit.h
-ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512", "amx")
+ISAS: tuple[Isa, ...] = ("portable", "avx2", "avxvnni", "avx512", "amx", "neon")
 ARITHMETICS: tuple[Arithmetic, ...] = ("float", "int8", "int16", "bf16")
 MOST_THREADS = 1024  # of a pool: a system that starts no more of them ends the process
 

@@ -101,7 +101,7 @@ int main() {
     double tolerance;
   } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5}, {kbit::kAvx2, kbit::avx2_layers, 1e-5},
               {kbit::kAvx512, kbit::avx512_layers, 1e-5},     {kbit::kAmx, kbit::amx_layers, 1e-4},
-              {kbit::kAmx, kbit::amx_bf16_layers, 4e-3}};
+              {kbit::kAmx, kbit::amx_bf16_layers, 4e-3}, {kbit::kNeon, kbit::neon_layers, 1e-5}};
   long cases = 0, wrong = 0;
   for (const auto& set : sets) {
     if (!kbit_isa_available(set.isa)) continue;

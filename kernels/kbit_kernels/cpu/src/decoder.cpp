@@ -30,6 +30,7 @@ const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
     case kAvx512: return avx512_layers;
     case kAvxVnni:
     case kAvx2: return avx2_layers;
+    case kNeon: return neon_layers;
     default: return portable_layers;
   }
 }

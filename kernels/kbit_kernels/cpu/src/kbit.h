@@ -34,7 +34,7 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
 // kAvxVnni: AVX2 and its products of bytes. kAmx: as kAvx512, but for many tokens.
-enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4 };
+enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx = 4, kNeon = 5 };
 
 // The fastest instruction set of this machine, and whether `isa` can run here.
 Isa best_isa();

@@ -50,6 +50,7 @@ extern const Kernels* const avx2_kernels;
 extern const Kernels* const avxvnni_kernels;
 extern const Kernels* const avx512_kernels;
 extern const Kernels* const amx_kernels;
+extern const Kernels* const neon_kernels;
 const Kernels* kernels_of(Isa isa);
 
 // Bounds on integer weights and inputs: the products of 64 columns fit in 31 bits.

@@ -39,6 +39,7 @@ struct LayerKernels {
 // Null where the compiler or the target cannot build them.
 extern const LayerKernels* const portable_layers;
 extern const LayerKernels* const avx2_layers;
+extern const LayerKernels* const neon_layers;
 extern const LayerKernels* const avx512_layers;
 // These round: for arithmetics that do so too.
 extern const LayerKernels* const amx_layers;

@@ -31,6 +31,7 @@ const Kernels* kernels_of(Isa isa) {
     case kAvxVnni: return avxvnni_kernels;
     case kAvx512: return avx512_kernels;
     case kAmx: return amx_kernels;
+    case kNeon: return neon_kernels;
   }
   return nullptr;
 }
@@ -155,11 +156,11 @@ bool isa_available(Isa isa) {
            isa_available(kAvx2);
   }
 #endif
-  return isa == kPortable;
+  return isa == kPortable || isa == kNeon;
 }
 
 Isa best_isa() {
-  for (Isa isa : {kAmx, kAvx512, kAvxVnni, kAvx2}) {
+  for (Isa isa : {kAmx, kAvx512, kAvxVnni, kAvx2, kNeon}) {
     if (isa_available(isa)) return isa;
   }
   return kPortable;

@@ -1,6 +1,6 @@
 // Vectors of fp32 in the compiler's own notation, as wide as the instruction set that this is
 // compiled for. Included inside a namespace of its own per instruction set, after KBIT_LANES (and
-// KBIT_F16C where the instruction set converts fp16) are defined.
+// KBIT_F16C where the instruction set converts fp16, or KBIT_NEON) are defined.
 
 constexpr int kLanes = KBIT_LANES;
 constexpr int kRegisters = kLanes == 16 ? 16 : 8;  // accumulators of a kernel
@@ -23,6 +23,8 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
   return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #elif KBIT_LANES == 8
   return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif defined(KBIT_NEON)
+  return (Vec)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
 #else
   return a * b + c;
 #endif
@@ -76,6 +78,16 @@ static inline void store(Half* p, Vec v) {
 #else
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
 #endif
+}
+#elif defined(KBIT_NEON)
+static inline Vec load(const Half* p) {
+  return (Vec)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+}
+static inline void store(Half* p, Vec v) {
+  vst1_u16(reinterpret_cast<uint16_t*>(p), vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)v)));
+}
+static inline void put(Half* p, float x) {
+  p->bits = vget_lane_u16(vreinterpret_u16_f16(vcvt_f16_f32(vdupq_n_f32(x))), 0);
 }
 #else
 static inline float widen(Half half) {
