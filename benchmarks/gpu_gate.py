@@ -10,8 +10,9 @@ from typing import Any
 from gpu_scale import DTYPES, SPAWN, Scale
 
 
-def gate(specs: list[str], scale: Scale, until: float) -> dict[str, list[str]]:
-    """Run in its own process: every spec against the reference; returns what is wrong.
+def gate(text: str, half: str, scale: Scale, until: float) -> list[str]:
+    """Run in a process of its own: a spec in one half precision against the reference; what is
+    wrong.
 
     Compiling for the gate also fills Triton's cache for the timings.
     """
@@ -20,20 +21,14 @@ def gate(specs: list[str], scale: Scale, until: float) -> dict[str, list[str]]:
 
     from kbit_kernels import QuantSpec
 
-    wrong: dict[str, list[str]] = {}
-    for dtype in (torch.float16, torch.bfloat16):
-        for text in specs:
-            if dtype == torch.bfloat16 and time.monotonic() > until:
-                print(f"the gate has no time left for {text} in bf16", flush=True)
-                continue
-            try:
-                configs = configs_of(QuantSpec.parse(text), dtype, scale)
-                problems = check(text, dtype, scale, configs)
-            except Exception as problem:  # does not compile, does not launch
-                problems = [f"{text} {dtype}: {type(problem).__name__}: {problem}"[:500]]
-            if problems:
-                wrong.setdefault(text, []).extend(problems)
-    return wrong
+    if half == "bfloat16" and time.monotonic() > until:
+        print(f"the gate has no time left for {text} in bf16", flush=True)
+        return []
+    dtype = getattr(torch, half)
+    try:
+        return check(text, dtype, scale, configs_of(QuantSpec.parse(text), dtype, scale))
+    except Exception as problem:  # does not compile, does not launch
+        return [f"{text} {dtype}: {type(problem).__name__}: {problem}"[:500]]
 
 
 def configs_of(spec: Any, dtype: Any, scale: Scale) -> set[Any]:
@@ -144,26 +139,27 @@ def attention_gate(scale: Scale) -> list[str]:
 
 
 def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
-    """The gate over several processes: what is wrong, by spec, "attention" or "process"."""
+    """The gate over several processes: what is wrong, by spec or "attention"."""
     specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
     specs += ["int4-row", "int3-b32", "uint3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64"]
     specs += ["int4-b64-center"]
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
+    # the largest first, one after the other to whoever is free: the last to end bounds the time
+    tables = ("nf", "fp")
+    specs.sort(key=lambda t: (t.startswith(tables), next(filter(str.isdigit, t))), reverse=True)
     jobs = min(16, os.cpu_count() or 1)
     wrong: dict[str, list[str]] = {}
     with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
-        attention = pool.submit(attention_gate, scale)
-        parts = [pool.submit(gate, specs[i::jobs], scale, until) for i in range(jobs)]
-        try:
-            if problems := attention.result():
-                wrong["attention"] = problems
-        except Exception as problem:
-            wrong["attention"] = [f"{type(problem).__name__}: {problem}"[:500]]
-        for i, part in enumerate(parts):
+        found = {("attention", ""): pool.submit(attention_gate, scale)}
+        for half in ("float16", "bfloat16"):
+            for text in specs:
+                found[text, half] = pool.submit(gate, text, half, scale, until)
+        for (name, _), answer in found.items():
             try:
-                wrong |= part.result()
-            except Exception as problem:  # it died, and whether its specs are right is not known
-                for text in specs[i::jobs]:
-                    wrong[text] = [f"not checked: {type(problem).__name__}: {problem}"[:500]]
+                problems = answer.result()
+            except Exception as problem:  # its process died, and whether it is right is not known
+                problems = [f"{name} not checked: {type(problem).__name__}: {problem}"[:500]]
+            if problems:
+                wrong.setdefault(name, []).extend(problems)
     return wrong
