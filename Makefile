@@ -49,7 +49,7 @@ $(VENV)/bench: $(VENV)/test
 	@touch $@
 
 # llama.cpp's libraries for every processor, for benchmarks/instruction_sets.py.
-$(VENV)/variants: $(VENV)/bench
+$(VENV)/variants: constraints.txt | $(VENV)/bench
 	CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_BACKEND_DL=ON -DGGML_CPU_ALL_VARIANTS=ON -DLLAVA_BUILD=OFF -DCMAKE_CXX_FLAGS='-fno-tree-dse -fno-dse'" \
 	    $(INSTALL) --no-deps --no-cache-dir --no-binary llama-cpp-python --target $@ llama-cpp-python
 	@touch $@
