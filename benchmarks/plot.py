@@ -47,9 +47,11 @@ def draw(axes: Axes, name: str, data: dict[str, Any]) -> None:
         axes.plot(x, y, style, color=color, marker="o", markersize=4, label=label)
         if "," in label:
             continue
+        # llama.cpp's lie below kbit's, so their names do
+        place = ((-4, -5), "right") if label == "llama.cpp" else ((4, 4), "left")
         for row, across, up in zip(rows, x, y, strict=True):
             axes.annotate(row["type"].removesuffix("-b64"), (across, up), fontsize=6, color=color,
-                          xytext=(3, 4), textcoords="offset points")  # fmt: skip
+                          xytext=place[0], ha=place[1], textcoords="offset points")  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks([2, 3, 4, 6, 8, 16, 32], ["2", "3", "4", "6", "8", "16", "32"])
     axes.minorticks_off()
@@ -68,7 +70,7 @@ def main() -> None:
         models = {name: data for name, data in results.items() if "prompt" in data}
         if not models:
             continue
-        figure, all_axes = plt.subplots(1, len(models), figsize=(5.2 * len(models), 3.8))
+        figure, all_axes = plt.subplots(1, len(models), figsize=(6.4 * len(models), 4.6))
         for axes, (name, data) in zip([all_axes] if len(models) == 1 else all_axes,
                                       models.items(), strict=True):  # fmt: skip
             draw(axes, name, data)
