@@ -145,7 +145,7 @@ def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     specs += ["int4-b64-center"]
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
-    # the largest first, one after the other to whoever is free: the last to end bounds the time
+    # the longest code first, each to whoever is free: the last to end bounds the time
     tables = ("nf", "fp")
     specs.sort(key=lambda t: (t.startswith(tables), next(filter(str.isdigit, t))), reverse=True)
     jobs = min(16, os.cpu_count() or 1)

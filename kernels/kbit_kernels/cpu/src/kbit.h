@@ -12,7 +12,7 @@ namespace kbit {
 
 // Raised with every change of the C ABI, its enums and structs: Python asks for it, because a library
 // that an older checkout built stays where it is.
-constexpr int32_t kAbi = 2;
+constexpr int32_t kAbi = 3;
 
 // How a matrix is stored. The numbers are part of the C ABI.
 enum Storage : int32_t {
