@@ -132,9 +132,17 @@ bool has_avx_vnni() {
   uint32_t a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
 }
+bool is_amd() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd");
+}
+#else
+bool is_amd() { return false; }
 #endif
 
 }  // namespace
+
+const bool kPastSecondLevel = is_amd();
 
 bool isa_available(Isa isa) {
   if (kernels_of(isa) == nullptr) return false;

@@ -78,16 +78,22 @@ struct Single {
       std::conditional_t<WIDTH == 16, typename V::template Wide<BITS, LUT>,
                          typename V::template Floats<BITS, LUT>>>;
 
-  // Codes are asked into the second level, which has room for more on the way, and from there into the first.
-  static constexpr int64_t kAhead = 2 * kCodesAhead, kNear = 1024;
+  // Codes are asked into the second level, which has room for more on the way, and from there into the
+  // first; or at once into the first, past the second, which has better use for its room.
+  static constexpr int64_t kAhead = 2 * kCodesAhead, kNear = 1024, kPast = 3 * kCodesAhead;
 
   // Asks for the next `bytes` of the codes; once a step, since a burst fills the queue to memory and
   // then holds up the loads behind it.
-  static inline __attribute__((always_inline)) void ask(const uint8_t*& ahead, int bytes) {
-    KBIT_UNROLL
-    for (int i = 0; i < bytes; i += 64) {
-      __builtin_prefetch(ahead + i, 0, 2);
-      __builtin_prefetch(ahead + i - kAhead + kNear, 0, 3);
+  static inline __attribute__((always_inline)) void ask(const uint8_t*& ahead, int bytes, bool past) {
+    if (past) {
+      KBIT_UNROLL
+      for (int i = 0; i < bytes; i += 64) __builtin_prefetch(ahead + i, 0, 0);
+    } else {
+      KBIT_UNROLL
+      for (int i = 0; i < bytes; i += 64) {
+        __builtin_prefetch(ahead + i, 0, 2);
+        __builtin_prefetch(ahead + i - kAhead + kNear, 0, 3);
+      }
     }
     ahead += bytes;
   }
@@ -153,23 +159,24 @@ struct Single {
     plane_offsets<BITS>(units, offsets);
     const int8_t* const first_x = static_cast<const int8_t*>(in.values) + first * kStep;
     const int64_t low = kDigits ? in.padded : 0;
+    const bool past = kPastSecondLevel;
     for (int r = 0; r < rows; ++r, row += row_bytes) {
       const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
       const float* const scale = scales[r];
-      const uint8_t* ahead = row + first * (kStep * BITS / 8) + kAhead;
+      const uint8_t* ahead = row + first * (kStep * BITS / 8) + (past ? kPast : kAhead);
       if (ahead >= codes_end) ahead = row;
       V::F acc = sums[r];
       int b = 0;
       if constexpr (kBytes) {
         const int8_t* x = first_x;
         for (; b < chunked; b += kChunkBlocks, x += kChunk) {
-          ask(ahead, kChunk * BITS / 8);
+          ask(ahead, kChunk * BITS / 8, past);
           const V::I dot = V::template dots<BITS, LUT, kDigits>(recode, planes, (first + b) * 2, x, x + low);
           acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scale + b), acc);
         }
       }
       for (; b < whole; ++b) {
-        ask(ahead, kStep * BITS / 8);
+        ask(ahead, kStep * BITS / 8, past);
         acc = block<false>(recode, planes, first + b, in, scale[b], acc);
       }
       if (tail) acc = block<true>(recode, planes, first + b, in, scale[b], acc);
