@@ -31,15 +31,17 @@ struct RowScales {
   template <bool INTEGERS, int TYPE>
   __attribute__((noinline)) void simple(const Input& in, int64_t n, int rows, int64_t first, int count,
                                         float (*scales)[kSpan + V::kFloats], V::F* sums) const {
-    const int64_t total = m.tensor.rows * m.groups;
+    // copies, because stores of scales may alias the matrix
+    const int64_t groups = m.groups, total = m.tensor.rows * groups;
     const void* const base = m.tensor.scales;
     const V::F center = V::set1(meant.center);
     for (int b = 0; b < count; b += V::kFloats) {
       const int here = least(V::kFloats, count - b);
       const V::F factor = V::load(in.scales + first + b);
       const V::F offset = meant.offset ? V::mul(center, V::load(in.sums + first + b)) : V::zero();
-      for (int r = 0; r < rows; ++r) {
-        const V::F s = V::load_as<TYPE>(base, (n + r) * m.groups + first + b, here, total);
+      int64_t index = n * groups + first + b;
+      for (int r = 0; r < rows; ++r, index += groups) {
+        const V::F s = V::load_as<TYPE>(base, index, here, total);
         sums[r] = V::fma(s, offset, sums[r]);
         V::store(scales[r] + b, INTEGERS ? V::mul(s, factor) : s);
       }
