@@ -115,7 +115,9 @@ def beside() -> str:
             for kind, key in KINDS.items():
                 cells = [over_llama_cpp(kbit[b], theirs, key) if b in kbit else "" for b in WIDTHS]
                 rows.append([f"{name}, {kind}", *cells])
-        parts.append(markdown(["tokens/s", *(f"{bits} bits" for bits in WIDTHS)], rows))
+                machine = data["environment"]
+        header = [f"{machine['cpu']}, tokens/s", *(f"{bits} bits" for bits in WIDTHS)]
+        parts.append(markdown(header, rows))
     return "\n\n".join(parts)
 
 

@@ -9,6 +9,7 @@
 #include "layers.h"
 
 extern "C" int32_t kbit_isa_available(int32_t isa);
+extern "C" int32_t kbit_has_avx512_bf16();
 
 namespace {
 
@@ -100,11 +101,13 @@ int main() {
     const kbit::LayerKernels* kernels;
     double tolerance;
   } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5}, {kbit::kAvx2, kbit::avx2_layers, 1e-5},
-              {kbit::kAvx512, kbit::avx512_layers, 1e-5},     {kbit::kAmx, kbit::amx_layers, 1e-4},
+              {kbit::kAvx512, kbit::avx512_layers, 1e-5}, {kbit::kAvx512, kbit::avx512_bf16_layers, 4e-3},
+              {kbit::kAmx, kbit::amx_layers, 1e-4},
               {kbit::kAmx, kbit::amx_bf16_layers, 4e-3}, {kbit::kNeon, kbit::neon_layers, 1e-5}};
   long cases = 0, wrong = 0;
   for (const auto& set : sets) {
     if (!kbit_isa_available(set.isa)) continue;
+    if (set.kernels == kbit::avx512_bf16_layers && !kbit_has_avx512_bf16()) continue;
     for (int64_t head_dim : {2, 16, 40, 64, 80, 128, 256, 264}) {
       for (int64_t rows : {1, 3, 4, 9, 16, 17, 31, 96}) {
         for (int32_t type : {kbit::kCacheFp32, kbit::kCacheFp16}) {

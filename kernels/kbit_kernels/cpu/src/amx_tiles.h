@@ -3,9 +3,12 @@
 
 #include <cstdint>
 
-// Where there is gcc's or clang's header, the assembler knows AMX too.
+// Where there is gcc's or clang's header, the assembler knows the instructions too.
 #if __has_include(<amxtileintrin.h>) || __has_include(<amxintrin.h>)
 #define KBIT_AMX
+#endif
+#if __has_include(<avx512bf16intrin.h>)
+#define KBIT_BF16
 #endif
 
 namespace kbit {

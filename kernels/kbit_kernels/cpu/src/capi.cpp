@@ -45,6 +45,7 @@ KBIT_API int32_t kbit_best_isa() { return kbit::best_isa(); }
 KBIT_API int32_t kbit_isa_available(int32_t isa) {
   return kbit::isa_available(static_cast<kbit::Isa>(isa));
 }
+KBIT_API int32_t kbit_has_avx512_bf16() { return kbit::has_avx512_bf16(); }
 KBIT_API int64_t kbit_tensor_bytes() { return sizeof(kbit::Tensor); }
 
 KBIT_API kbit::Pool* kbit_pool_new(int32_t threads, Error* error) {

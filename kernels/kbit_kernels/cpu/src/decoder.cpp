@@ -27,7 +27,10 @@ const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
     case kAmx:
       if (arithmetic == kFloat) return avx512_layers;
       return arithmetic == kInt16 ? amx_layers : amx_bf16_layers;
-    case kAvx512: return avx512_layers;
+    case kAvx512: {
+      const bool rounds = arithmetic == kInt8 || arithmetic == kBf16Prompt;
+      return rounds && avx512_bf16_layers && has_avx512_bf16() ? avx512_bf16_layers : avx512_layers;
+    }
     case kAvxVnni:
     case kAvx2: return avx2_layers;
     case kNeon: return neon_layers;

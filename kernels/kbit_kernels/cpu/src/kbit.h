@@ -39,6 +39,8 @@ enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx =
 // The fastest instruction set of this machine, and whether `isa` can run here.
 Isa best_isa();
 bool isa_available(Isa isa);
+// Whether AVX-512 multiplies bf16 here (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+bool has_avx512_bf16();
 
 // A matrix as it lies in a checkpoint: pointers into memory-mapped parts, nothing owned. The layout
 // of `codes` is that of kbit_kernels/packing.py. Unused pointers are null.

@@ -383,7 +383,6 @@ static void attend(const Attend& job) {
 }
 
 #undef KBIT_BY_ROWS
-#undef KBIT_UNROLL
 
 static const LayerKernels kLayers = {norm,   add,       scale,       activate, softcap,
                                      rotate, store_key, store_value, attend};

@@ -22,8 +22,8 @@ namespace avx512_layer {
 #define KBIT_F16C
 #include "vec.h"
 #include "layers.inl"
-#if defined(KBIT_AMX)
-#include "attend_amx.inl"
+#if defined(KBIT_BF16)
+#include "attend_bf16.inl"
 #endif
 }  // namespace avx512_layer
 }  // namespace kbit
@@ -35,6 +35,11 @@ namespace avx512_layer {
 #endif
 
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
+#if defined(KBIT_BF16)
+const kbit::LayerKernels* const kbit::avx512_bf16_layers = &kbit::avx512_layer::kBf16Layers;
+#else
+const kbit::LayerKernels* const kbit::avx512_bf16_layers = nullptr;
+#endif
 #if defined(KBIT_AMX)
 const kbit::LayerKernels* const kbit::amx_layers = &kbit::avx512_layer::kAmxLayers;
 const kbit::LayerKernels* const kbit::amx_bf16_layers = &kbit::avx512_layer::kAmxBf16Layers;
@@ -44,6 +49,7 @@ const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;
 #endif
 #else
 const kbit::LayerKernels* const kbit::avx512_layers = nullptr;
+const kbit::LayerKernels* const kbit::avx512_bf16_layers = nullptr;
 const kbit::LayerKernels* const kbit::amx_layers = nullptr;
 const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;
 #endif

@@ -128,21 +128,25 @@ bool has_f16c() {  // not all compilers' __builtin_cpu_supports know it
   uint32_t a = 0, b = 0, c = 0, d = 0;
   return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
 }
-bool has_avx_vnni() {
+bool has_vectors_of(int bit) {
   uint32_t a = 0, b = 0, c = 0, d = 0;
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4) != 0;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << bit) != 0;
 }
+bool has_avx_vnni() { return has_vectors_of(4); }
 bool is_amd() {
   __builtin_cpu_init();
   return __builtin_cpu_is("amd");
 }
 #else
+bool has_vectors_of(int) { return false; }
 bool is_amd() { return false; }
 #endif
 
 }  // namespace
 
 const bool kPastSecondLevel = is_amd();
+
+bool has_avx512_bf16() { return isa_available(kAvx512) && has_vectors_of(5); }
 
 bool isa_available(Isa isa) {
   if (kernels_of(isa) == nullptr) return false;

@@ -1,9 +1,84 @@
-// A prompt's attention by AMX: products of bf16. PARTS 2: every number is the sum of two of them; what
-// these leave out, and the product of both lower parts, is some 2^-16 of the product. Instructions are
+// A prompt's attention in products of bf16, by tiles (AMX) or by vectors (AVX512_BF16). Instructions are
 // written out for the reason given in amx.inl. Included after layers.inl, with vectors of 16 lanes.
 
+// c[16][32] = a times b over `steps` times 32 columns of a, or, with `more`, is added to. a: rows of bf16;
+// b: pairs of its rows in a lane. kParts 2: every number is the sum of two; what these leave out, and the
+// product of both lower parts, is some 2^-16 of the product.
+#if defined(KBIT_AMX)
 template <int PARTS>
-struct AmxAttend {
+struct TileProduct {
+  static constexpr int kParts = PARTS;
+
+  // Registers: 0 and 1 sums, 2 and 3 a, 4 to 7 b.
+  static void product(const uint16_t* upper, const uint16_t* lower, int64_t a_stride, const uint32_t* b_upper,
+                      const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride,
+                      bool more = false) {
+    if (more) {
+      asm volatile("tileloadd (%0,%1,1), %%tmm0\n\ttileloadd 64(%0,%1,1), %%tmm1"
+                   ::"r"(c), "r"(4 * c_stride) : "memory");
+    } else {
+      asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
+    }
+    for (int64_t i = 0; i < steps; ++i) {
+      if constexpr (PARTS == 1) {
+        asm volatile("tileloadd (%0,%1,1), %%tmm2\n\ttileloadd (%2,%3,1), %%tmm4\n\t"
+                     "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%2,%3,1), %%tmm5\n\t"
+                     "tdpbf16ps %%tmm5, %%tmm2, %%tmm1"
+                     ::"r"(upper + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride), "r"(4 * b_stride)
+                     : "memory");
+        continue;
+      }
+      asm volatile("tileloadd (%0,%2,1), %%tmm2\n\ttileloadd (%3,%5,1), %%tmm4\n\t"
+                   "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%3,%5,1), %%tmm5\n\t"
+                   "tdpbf16ps %%tmm5, %%tmm2, %%tmm1\n\ttileloadd (%1,%2,1), %%tmm3\n\t"
+                   "tdpbf16ps %%tmm4, %%tmm3, %%tmm0\n\ttdpbf16ps %%tmm5, %%tmm3, %%tmm1\n\t"
+                   "tileloadd (%4,%5,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm2, %%tmm0\n\t"
+                   "tileloadd 64(%4,%5,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm2, %%tmm1"
+                   ::"r"(upper + 32 * i), "r"(lower + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride),
+                   "r"(b_lower + 16 * i * b_stride), "r"(4 * b_stride) : "memory");
+    }
+    asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, 64(%0,%1,1)"
+                 ::"r"(c), "r"(4 * c_stride) : "memory");
+  }
+};
+#endif
+
+struct DotProduct {
+  static constexpr int kParts = 1;
+
+  static void product(const uint16_t* a, const uint16_t*, int64_t a_stride, const uint32_t* b, const uint32_t*,
+                      int64_t b_stride, int64_t steps, float* c, int64_t c_stride, bool more = false) {
+    constexpr int kRows = 8;  // whose sums and one row of b fit the registers
+    for (int64_t row = 0; row < 16; row += kRows, a += kRows * a_stride, c += kRows * c_stride) {
+      Vec sums[kRows][2];
+      KBIT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        sums[r][0] = more ? load(c + r * c_stride) : Vec{};
+        sums[r][1] = more ? load(c + r * c_stride + 16) : Vec{};
+      }
+      for (int64_t pair = 0; pair < 16 * steps; ++pair) {
+        const __m512i left = _mm512_loadu_si512(b + pair * b_stride), right = _mm512_loadu_si512(b + pair * b_stride + 16);
+        KBIT_UNROLL
+        for (int r = 0; r < kRows; ++r) {
+          uint32_t both;
+          std::memcpy(&both, a + r * a_stride + 2 * pair, sizeof both);
+          const __m512i times = _mm512_set1_epi32(static_cast<int32_t>(both));
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sums[r][0]) : "v"(left), "v"(times));
+          asm("vdpbf16ps %2, %1, %0" : "+v"(sums[r][1]) : "v"(right), "v"(times));
+        }
+      }
+      KBIT_UNROLL
+      for (int r = 0; r < kRows; ++r) {
+        store(c + r * c_stride, sums[r][0]);
+        store(c + r * c_stride + 16, sums[r][1]);
+      }
+    }
+  }
+};
+
+template <class PRODUCT>
+struct Bf16Attend {
+  static constexpr int PARTS = PRODUCT::kParts;
   static constexpr int64_t kMostRows = 96, kMostWidth = 256;  // of queries, and of their heads
   // Upper and lower parts, two rows of keys or values in a lane: pairs of dimensions by keys, and
   // pairs of keys by dimensions.
@@ -53,39 +128,6 @@ struct AmxAttend {
     return (Vec)_mm512_maskz_loadu_ps(lanes, p);
   }
 
-  // c[16][32] = a times b over `steps` times 32, or, with `more`, is added to. Registers: 0 and 1 sums,
-  // 2 and 3 a, 4 to 7 b.
-  static void product(const uint16_t* upper, const uint16_t* lower, int64_t a_stride, const uint32_t* b_upper,
-                      const uint32_t* b_lower, int64_t b_stride, int64_t steps, float* c, int64_t c_stride,
-                      bool more = false) {
-    if (more) {
-      asm volatile("tileloadd (%0,%1,1), %%tmm0\n\ttileloadd 64(%0,%1,1), %%tmm1"
-                   ::"r"(c), "r"(4 * c_stride) : "memory");
-    } else {
-      asm volatile("tilezero %%tmm0\n\ttilezero %%tmm1" :::);
-    }
-    for (int64_t i = 0; i < steps; ++i) {
-      if constexpr (PARTS == 1) {
-        asm volatile("tileloadd (%0,%1,1), %%tmm2\n\ttileloadd (%2,%3,1), %%tmm4\n\t"
-                     "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%2,%3,1), %%tmm5\n\t"
-                     "tdpbf16ps %%tmm5, %%tmm2, %%tmm1"
-                     ::"r"(upper + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride), "r"(4 * b_stride)
-                     : "memory");
-        continue;
-      }
-      asm volatile("tileloadd (%0,%2,1), %%tmm2\n\ttileloadd (%3,%5,1), %%tmm4\n\t"
-                   "tdpbf16ps %%tmm4, %%tmm2, %%tmm0\n\ttileloadd 64(%3,%5,1), %%tmm5\n\t"
-                   "tdpbf16ps %%tmm5, %%tmm2, %%tmm1\n\ttileloadd (%1,%2,1), %%tmm3\n\t"
-                   "tdpbf16ps %%tmm4, %%tmm3, %%tmm0\n\ttdpbf16ps %%tmm5, %%tmm3, %%tmm1\n\t"
-                   "tileloadd (%4,%5,1), %%tmm6\n\ttdpbf16ps %%tmm6, %%tmm2, %%tmm0\n\t"
-                   "tileloadd 64(%4,%5,1), %%tmm7\n\ttdpbf16ps %%tmm7, %%tmm2, %%tmm1"
-                   ::"r"(upper + 32 * i), "r"(lower + 32 * i), "r"(2 * a_stride), "r"(b_upper + 16 * i * b_stride),
-                   "r"(b_lower + 16 * i * b_stride), "r"(4 * b_stride) : "memory");
-    }
-    asm volatile("tilestored %%tmm0, (%0,%1,1)\n\ttilestored %%tmm1, 64(%0,%1,1)"
-                 ::"r"(c), "r"(4 * c_stride) : "memory");
-  }
-
   void load_queries(const Attend& job) {
     const int64_t width = (job.head_dim + 31) / 32 * 32;
     for (int64_t row = 0; row < job.rows; ++row) {
@@ -110,7 +152,7 @@ struct AmxAttend {
     }
     for (int64_t row = 0; row < job.rows; row += 16) {
       for (int64_t key = 0; key < kKeyChunk; key += 32) {
-        product(q[0][row], q[kLower][row], kMostWidth, keys[0][0] + key, keys[kLower][0] + key, kKeyChunk, pairs / 16,
+        PRODUCT::product(q[0][row], q[kLower][row], kMostWidth, keys[0][0] + key, keys[kLower][0] + key, kKeyChunk, pairs / 16,
                 job.scratch + row * kKeyChunk + key, kKeyChunk);
       }
     }
@@ -148,7 +190,7 @@ struct AmxAttend {
       for (int64_t d = 0; d < job.padded; d += 32) {
         float* sum = job.sum + row * job.padded + d;
         const bool whole = row + 16 <= job.rows && d + 32 <= job.padded;
-        product(weights[0][row], weights[kLower][row], kKeyChunk, values[0][0] + d, values[kLower][0] + d, kMostWidth,
+        PRODUCT::product(weights[0][row], weights[kLower][row], kKeyChunk, values[0][0] + d, values[kLower][0] + d, kMostWidth,
                 kKeyChunk / 32, whole ? sum : part[0], whole ? job.padded : 32, whole);
         for (int64_t r = 0; !whole && r < std::min<int64_t>(16, job.rows - row); ++r) {
           add(sum + r * job.padded, part[r], std::min<int64_t>(32, job.padded - d));
@@ -172,14 +214,23 @@ struct AmxAttend {
   }
 };
 
+template <class PRODUCT>
+static void attend_bf16(const Attend& job) {
+  if (!Bf16Attend<PRODUCT>::takes(job)) return attend(job);
+  Bf16Attend<PRODUCT> parts;
+  if (job.type == kCacheFp16) parts.template run<Half>(job);
+  else parts.template run<float>(job);
+}
+
+static const LayerKernels kBf16Layers = {norm,   add,       scale,       activate,               softcap,
+                                         rotate, store_key, store_value, attend_bf16<DotProduct>};
+
+#if defined(KBIT_AMX)
 template <int PARTS>
 static void attend_amx(const Attend& job) {
-  if (!AmxAttend<PARTS>::takes(job)) return attend(job);
-  AmxAttend<PARTS> tiles;
   const TileShapes shapes;
   asm volatile("ldtilecfg %0" ::"m"(shapes));
-  if (job.type == kCacheFp16) tiles.template run<Half>(job);
-  else tiles.template run<float>(job);
+  attend_bf16<TileProduct<PARTS>>(job);
   asm volatile("tilerelease");
 }
 
@@ -187,3 +238,4 @@ static const LayerKernels kAmxLayers = {norm,   add,       scale,       activate
                                         rotate, store_key, store_value, attend_amx<2>};
 static const LayerKernels kAmxBf16Layers = {norm,   add,       scale,       activate,     softcap,
                                             rotate, store_key, store_value, attend_amx<1>};
+#endif
