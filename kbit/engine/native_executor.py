@@ -249,57 +249,47 @@ class NativeExecutor:
         self, tokens: Sequence[np.ndarray], cache: NativeCache, *, all_logits: bool = False
     ) -> list[np.ndarray]:
         """See Executor.forward."""
-        V = self.decoder.vocab_size
+        # A step's weights push this out of the caches: every call that numpy is spared here counts.
         parts = [np.asarray(part).reshape(-1) for part in tokens]
-        counts = np.array([part.size for part in parts], dtype=np.int32)
-        flat = np.concatenate(parts) if parts else np.empty(0, np.int32)
-        self._check(parts, flat, counts, cache)
-        selected = flat.size if all_logits else np.count_nonzero(counts)
-        logits = np.empty((selected, V), np.float32)
-        if flat.size:
-            ids = flat.astype(np.int32)
-            lengths = np.array(cache.lengths, dtype=np.int64)
+        counts = [part.size for part in parts]
+        self._check(parts, counts, cache)
+        total = sum(counts)
+        selected = total if all_logits else len(counts) - counts.count(0)
+        logits = np.empty((selected, self.decoder.vocab_size), np.float32)
+        if total:
+            ids = np.concatenate(parts, dtype=np.int32, casting="unsafe")
             error = _Error()
             done = self._library.kbit_decoder_forward(
                 self._handle,
                 byref(cache.spec),
                 ids.ctypes.data,
-                counts.ctypes.data,
-                lengths.ctypes.data,
+                (c_int32 * len(counts))(*counts),
+                (c_int64 * len(counts))(*cache.lengths),
                 all_logits,
                 logits.ctypes.data,
                 byref(error),
             )
             if not done:
                 raise KbitError(f"the native executor failed: {error.text.decode()}")
-            for row, count in enumerate(counts.tolist()):
+            for row, count in enumerate(counts):
                 cache.lengths[row] += count
         if all_logits:
             return np.split(logits, np.cumsum(counts)[:-1])
         found = iter(logits)
-        return [next(found) if count else np.empty(0, np.float32) for count in counts.tolist()]
+        return [next(found) if count else np.empty(0, np.float32) for count in counts]
 
-    def _check(
-        self, parts: Sequence[np.ndarray], flat: np.ndarray, counts: np.ndarray, cache: NativeCache
-    ) -> None:
+    def _check(self, parts: list[np.ndarray], counts: list[int], cache: NativeCache) -> None:
         if len(parts) != cache.batch:
             raise KbitError(f"{len(parts)} sequences were given to a cache of {cache.batch}")
-        for row, (count, length) in enumerate(zip(counts.tolist(), cache.lengths, strict=True)):
+        known = self.decoder.vocab_size
+        for row, (part, count, length) in enumerate(zip(parts, counts, cache.lengths, strict=True)):
             if length + count > cache.capacity:
                 raise KbitError(
                     f"sequence {row} would grow to {length + count} tokens, "
                     f"the cache holds {cache.capacity}"
                 )
-        known = self.decoder.vocab_size
-        if flat.size and not 0 <= flat.min() <= flat.max() < known:
-            row = next(
-                row for row, part in enumerate(parts) if part.size and not _within(part, known)
-            )
-            raise KbitError(f"sequence {row} has a token outside the vocabulary of {known}")
-
-
-def _within(tokens: np.ndarray, known: int) -> bool:
-    return bool(0 <= tokens.min() <= tokens.max() < known)
+            if count and not 0 <= part.min() <= part.max() < known:
+                raise KbitError(f"sequence {row} has a token outside the vocabulary of {known}")
 
 
 @lru_cache(maxsize=4)
