@@ -24,19 +24,17 @@ from record import save
 
 ARITHMETICS = ("float", "int8", "int16", "bf16")
 DECODED = 32  # of a window's tokens, those that are computed one by one
-TOGETHER = 4  # windows in one batch: bounds the memory of their logits
 
 
-def window_logits(executor: Executor, windows: np.ndarray) -> np.ndarray:
-    """float32 [B, T, V]: the first part as a prompt, the last tokens one by one."""
-    cache = executor.new_cache(*windows.shape)
-    prompt = windows.shape[1] - DECODED
-    first = executor.forward(list(windows[:, :prompt]), cache, all_logits=True)
-    steps = [
-        np.stack(executor.forward(list(windows[:, t : t + 1]), cache))
-        for t in range(prompt, windows.shape[1])
-    ]
-    return np.concatenate([np.stack(first), np.stack(steps, axis=1)], axis=1)
+def window_logits(executor: Executor, window: np.ndarray) -> np.ndarray:
+    """float32 [T, V]: the first part as a prompt, the last tokens one by one, as one sequence by
+    itself: several take other products."""
+    cache = executor.new_cache(1, window.size)
+    prompt = window.size - DECODED
+    parts = executor.forward([window[:prompt]], cache, all_logits=True)
+    for t in range(prompt, window.size):
+        parts.append(executor.forward([window[t : t + 1]], cache)[0][None])
+    return np.concatenate(parts)
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -90,14 +88,13 @@ def main() -> None:
                 for name in ARITHMETICS
             ]
             kl: dict[str, list[np.ndarray]] = {name: [] for name in ARITHMETICS}
-            for start in range(0, len(windows), TOGETHER):
-                part = windows[start : start + TOGETHER]
-                expected = window_logits(reference, part)
+            for window in windows:
+                expected = window_logits(reference, window)
                 for name, executor in zip(ARITHMETICS, executors, strict=True):
-                    kl[name].append(divergences(expected, window_logits(executor, part)))
+                    kl[name].append(divergences(expected, window_logits(executor, window)))
             row = {"bits": bits, "spec": written.spec, "bits_per_param": written.bits_per_param}
             for name, place in PARTS.items():
-                row[name] = compare({k: np.concatenate(v)[:, place] for k, v in kl.items()})
+                row[name] = compare({k: np.stack(v)[:, place] for k, v in kl.items()})
             rows.append(row)
             print(written.spec, {name: row[name] for name in PARTS}, flush=True)
     command = (

@@ -313,5 +313,5 @@ static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t str
   else run_amx<AmxBf16>(m, in, y, stride, begin, end);
 }
 
-static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits,
+static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine,
                                         kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};

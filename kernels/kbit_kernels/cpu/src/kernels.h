@@ -36,6 +36,9 @@ struct Kernels {
   // planes of bytes, the upper and the lower digits, for a matrix of integers.
   int32_t (*order)(int32_t bits);
   bool (*digits)(int32_t bits);
+  // Whether integers of that width take 8-bit inputs with a scale a lane also for kBf16Prompt: they add
+  // less than 2 percent to the weights' own error there (results/arithmetic-*.json).
+  bool (*fine)(int32_t bits);
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits and with codebooks of up to `byte_codebook_bits`, else 16-bit ones.

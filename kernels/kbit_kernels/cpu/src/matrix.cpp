@@ -229,10 +229,17 @@ bool input_panels(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   return arithmetic != kFloat && !matrix.plain() && from != 0 && tokens >= from;
 }
 
+bool input_fine(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
+  const bool rounds = arithmetic == kInt8 || arithmetic == kBf16Prompt;
+  return rounds && tokens == 1 && matrix.step == kStep && matrix.tensor.storage < kCodebook &&
+         matrix.kernels->fine(matrix.tensor.bits);
+}
+
 // The inputs' bits, and the largest magnitude that integers may have.
 int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   if (arithmetic == kFloat || matrix.plain()) return 32;
   if (input_panels(matrix, arithmetic, tokens)) return 16;
+  if (input_fine(matrix, arithmetic, tokens)) return 8;
   const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
   const Kernels& kernels = *matrix.kernels;
   const bool bytes = matrix.tensor.bits <= (matrix.tensor.storage == kCodebook ? kernels.byte_codebook_bits
@@ -266,11 +273,12 @@ bool Matrix::same_input(const Matrix& other) const {
     return false;
   }
   if (plain()) return true;
-  for (Arithmetic arithmetic : {kInt8, kInt16}) {
+  for (Arithmetic arithmetic : {kInt8, kInt16, kBf16Prompt}) {
     for (int64_t tokens : {int64_t{1}, kernels->tile_tokens, kernels->amx_tokens}) {
       const int32_t width = input_width(*this, arithmetic, tokens);
       if (width != input_width(other, arithmetic, tokens) ||
-          input_limit(*this, width, false) != input_limit(other, width, false)) {
+          input_limit(*this, width, false) != input_limit(other, width, false) ||
+          input_fine(*this, arithmetic, tokens) != input_fine(other, arithmetic, tokens)) {
         return false;
       }
       const Layout mine = layout_of(*this, width, tokens), its = layout_of(other, width, tokens);
@@ -291,6 +299,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
+  fine = input_fine(for_matrix, arithmetic, count);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
@@ -300,7 +309,8 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   const size_t values_bytes = rounded(room * padded * (width / 8));
   const size_t block_bytes = rounded(count * blocks * 4);
   const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
-  const size_t bytes = values_bytes + 3 * block_bytes + outlier_bytes;
+  const size_t lane_bytes = fine ? 16 * block_bytes : 0;
+  const size_t bytes = values_bytes + 3 * block_bytes + lane_bytes + outlier_bytes;
   if (bytes > capacity_) {
     std::free(memory_);
     memory_ = std::aligned_alloc(64, bytes);
@@ -312,7 +322,8 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   scales = reinterpret_cast<float*>(at + values_bytes);
   sums = reinterpret_cast<float*>(at + values_bytes + block_bytes);
   totals = reinterpret_cast<int32_t*>(at + values_bytes + 2 * block_bytes);
-  outliers = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes);
+  lanes = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes);
+  outliers = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes + lane_bytes);
 }
 
 void Input::load(const float* x, int64_t stride, int64_t begin, int64_t end) {

@@ -42,6 +42,47 @@ static void load_block(const Input& input, const float* x, int step, X* out, int
   input.sums[block] = scale * static_cast<float>(input.totals[block]);
 }
 
+// Rounds one block of a token to bytes with a scale for each lane of a product, which sums 4 columns of
+// each of its vectors: vectors of x that are `apart` from each other share theirs (0: none do).
+static void load_lanes(const Input& input, const float* x, int apart, int8_t* out, int64_t block, float* lanes) {
+  const V::F limit = V::set1(kNarrowLimit), least_peak = V::set1(1e-30f);  // below, limit / peak may overflow
+  V::F total = V::zero();
+  const auto whole = [](V::F a) { return V::add(a, V::swap<2>(a)); };
+  for (int i = 0; i < kStep / V::kFloats; ++i) {
+    if (apart && i & apart) continue;
+    const V::F a = V::load(x + i * V::kFloats), b = V::load(x + (i + apart) * V::kFloats);
+    V::F peak = V::max(V::abs(a), V::abs(b));
+    peak = V::max(peak, V::swap<1>(peak));
+    peak = V::max(V::max(peak, V::swap<2>(peak)), least_peak);
+    V::F poison = V::fma(a, V::zero(), V::mul(b, V::zero()));  // NaN if any value is NaN or infinite
+    poison = whole(V::add(poison, V::swap<1>(poison)));
+    const V::F factor = V::div(limit, peak), scale = V::fma(peak, V::set1(1.0f / kNarrowLimit), poison);
+    const V::I p = V::round(V::mul(a, factor)), q = V::round(V::mul(b, factor));
+    V::store8(out + i * V::kFloats, p);
+    V::store8(out + (i + apart) * V::kFloats, q);
+    V::store_fourth(lanes, scale);
+    lanes += V::kFloats / 4;
+    total = V::fma(V::to_float(apart ? V::iadd(p, q) : p), scale, total);
+  }
+  input.scales[block] = 1;
+  input.sums[block] = V::sum(total);
+}
+
+// Where a block's scales lie among the lanes', and which of its vectors share them.
+struct Lanes {
+  static constexpr int kBlocks = chunk_of(V::order(5)) / kStep;  // of a chunk
+  int64_t chunked;  // blocks that lie in chunks
+  explicit Lanes(const Tensor& t) : chunked((t.cols + 31) / 32 / (2 * kBlocks) * kBlocks) {}
+  int64_t at(int64_t block) const {
+    if (block < chunked) return block * V::kFloats / kBlocks;
+    return (chunked / kBlocks + block - chunked) * V::kFloats;
+  }
+  int apart(int64_t block) const {
+    if (block < chunked && V::order(5)) return piece_of(V::order(5)) / V::kFloats;
+    return V::kCodes < kStep ? V::kCodes / V::kFloats : 0;
+  }
+};
+
 // Brings `units` units of columns from natural order to that of the input's bytes.
 static inline void arrange(int order, const int8_t* in, int64_t units, int8_t* out) {
   const int size = piece_of(order), unit_count = chunk_of(order) / 32;
@@ -95,6 +136,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
   constexpr int64_t kColumns = 1024;  // whole chunks
   const Tensor& t = input.matrix->tensor;
   const int step = input.matrix->step;
+  const Lanes places(t);
   alignas(64) float room[kColumns];
   alignas(64) int8_t bytes[2][kColumns];
   alignas(64) int16_t words[kColumns];
@@ -112,6 +154,10 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
         const int64_t block = token * input.blocks + (col + i) / step;
         if (input.width == 8) {
           int8_t* out = input.order ? bytes[0] : static_cast<int8_t*>(input.values) + first;
+          if (input.fine) {
+            load_lanes(input, staged + i, places.apart(block), out + i, block, input.lanes + places.at(block));
+            continue;
+          }
           load_block(input, staged + i, step, out + i, block);
         } else if (input.width == 16) {
           int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;

@@ -43,6 +43,12 @@ struct V {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm256_div_ps(a, b); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  template <int APART>
+  static F swap(F a) { return _mm256_permute_ps(a, APART == 1 ? 0xb1 : 0x4e); }
+  static void store_fourth(float* p, F a) {
+    _mm_storel_pi(reinterpret_cast<__m64*>(p),
+                  _mm_unpacklo_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+  }
   static F min(F a, F b) { return _mm256_min_ps(a, b); }
   // a, and `step` more where v is above the bound.
   static I add_above(I a, int32_t step, F v, F bound) {
@@ -194,6 +200,7 @@ struct V {
   // Products with one token; see simd_avx512.h. Sums of pairs stay in 16 bits as long as they fit.
   static constexpr int order(int bits) { return order_of(bits); }
   static constexpr bool digits(int bits) { return kVnni || bits < 8; }  // 8: pairs of products overflow
+  static constexpr bool fine(int bits) { return bits == 5; }
   template <int BITS, int FIELD>
   static C dense_field(C v) {
     const C c = FIELD ? _mm256_srli_epi16(v, BITS * FIELD) : v;

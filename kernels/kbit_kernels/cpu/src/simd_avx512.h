@@ -46,6 +46,12 @@ struct V {
   static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static F div(F a, F b) { return _mm512_div_ps(a, b); }
   static F max(F a, F b) { return _mm512_max_ps(a, b); }
+  template <int APART>
+  static F swap(F a) { return _mm512_permute_ps(a, APART == 1 ? 0xb1 : 0x4e); }
+  static void store_fourth(float* p, F a) {
+    const I from = _mm512_setr_epi32(0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12);
+    _mm_storeu_ps(p, _mm512_castps512_ps128(_mm512_permutexvar_ps(from, a)));
+  }
   static F min(F a, F b) { return _mm512_min_ps(a, b); }
   // a, and `step` more where v is above the bound.
   static I add_above(I a, int32_t step, F v, F bound) {
@@ -211,6 +217,7 @@ struct V {
   // bits it is a vector of the 1-bit plane.
   static constexpr int order(int bits) { return bits == 8 ? 0 : bits == 3 ? 3 : bits & 2 ? 2 : 1; }
   static constexpr bool digits(int) { return true; }
+  static constexpr bool fine(int bits) { return bits == 5; }
   template <int SIZE, int FIELD>
   struct BitShifts {  // of the 1-bit plane, whose 4 bytes a unit are repeated SIZE / 4 times
     alignas(64) uint8_t at[64];

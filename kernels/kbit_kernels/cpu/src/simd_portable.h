@@ -9,7 +9,8 @@
 //   floats        codes -> fp32 weights without their scale
 //   tile16, tile8 sums of 32-bit lanes += 2 columns (tile8: 4) of vectors of rows times a token's
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
-//                 bytes; chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
+//                 bytes, `fine`: of bytes with a scale for every lane of dot8 (which then sums 4);
+//                 chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
 // A lane of dot8 sums kCodes / kFloats neighbouring columns, a lane of dot16 sums 2.
 #pragma once
 
@@ -64,6 +65,9 @@ struct V {
   static F fma(F a, F b, F c) { return a * b + c; }
   static F div(F a, F b) { return a / b; }
   static F max(F a, F b) { return a > b ? a : b; }
+  template <int APART>  // lane i: lane i ^ APART, 1 or 2
+  static F swap(F a) { return APART == 1 ? F{a[1], a[0], a[3], a[2]} : F{a[2], a[3], a[0], a[1]}; }
+  static void store_fourth(float* p, F a) { *p = a[0]; }  // every fourth lane
   static F min(F a, F b) { return a < b ? a : b; }
   // a, and `step` more where v is above the bound.
   static I add_above(I a, int32_t step, F v, F bound) { return a + ((v > bound) & iset1(step)); }
@@ -176,6 +180,7 @@ struct V {
   // Products with one token: as those with more.
   static constexpr int order(int) { return 0; }
   static constexpr bool digits(int) { return false; }
+  static constexpr bool fine(int) { return false; }
   template <int BITS, bool LUT, bool DIGITS, class Recode>
   static I dots(const Recode& recode, const uint8_t* const* planes, int64_t unit, const int8_t* x,
                 const int8_t*) {

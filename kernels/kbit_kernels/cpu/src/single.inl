@@ -71,6 +71,7 @@ template <int WIDTH, bool LUT, int BITS>
 struct Single {
   static constexpr bool kDigits = WIDTH == 16 && !LUT && V::digits(BITS);
   static constexpr bool kBytes = WIDTH == 8 || kDigits;
+  static constexpr bool kFine = WIDTH == 8 && !LUT && V::fine(BITS);
   static constexpr int kChunk = kBytes ? chunk_of(V::order(BITS)) : kStep;  // columns of one step
   static constexpr int kChunkBlocks = kChunk / kStep;
   static constexpr int kVectors = kStep / V::kCodes;
@@ -104,7 +105,7 @@ struct Single {
   template <bool TAIL>
   static inline __attribute__((always_inline)) V::F block(
       const Recode& recode, const uint8_t* const (&planes)[3], int64_t at, const Input& in,
-      float scale, V::F acc) {
+      float scale, const float*& lanes, V::F acc) {
     constexpr int kCount = TAIL && kVectors > 1 ? kVectors / 2 : kVectors;
     V::I dot = V::izero(), high = V::izero();
     V::F part[2] = {V::zero(), V::zero()};
@@ -137,8 +138,16 @@ struct Single {
       }
     }
     if constexpr (kDigits) dot = V::iadd(dot, V::times256(high));
-    const V::F value = WIDTH == 32 ? V::add(part[0], part[1]) : V::to_float(dot);
+    const V::F value = WIDTH == 32 ? V::add(part[0], part[1]) : of_lanes(dot, lanes);
     return V::fma(value, V::set1(scale), acc);
+  }
+
+  // Sums times the scales of their inputs, if these have one a lane.
+  static inline __attribute__((always_inline)) V::F of_lanes(V::I dot, const float*& lanes) {
+    const V::F value = V::to_float(dot);
+    if constexpr (!kFine) return value;
+    lanes += V::kFloats;
+    return V::mul(value, V::load(lanes - V::kFloats));
   }
 
   // Blocks of a row: `count` from `first` on, of which `whole` have all their columns.
@@ -161,6 +170,7 @@ struct Single {
     plane_offsets<BITS>(units, offsets);
     const int8_t* const first_x = static_cast<const int8_t*>(in.values) + first * kStep;
     const int64_t low = kDigits ? in.padded : 0;
+    const float* const first_lanes = kFine ? in.lanes + first / kChunkBlocks * V::kFloats : nullptr;
     const bool past = kPastSecondLevel;
     for (int r = 0; r < rows; ++r, row += row_bytes) {
       const uint8_t* const planes[3] = {row + offsets[0], row + offsets[1], row + offsets[2]};
@@ -168,20 +178,21 @@ struct Single {
       const uint8_t* ahead = row + first * (kStep * BITS / 8) + (past ? kPast : kAhead);
       if (ahead >= codes_end) ahead = row;
       V::F acc = sums[r];
+      const float* lanes = first_lanes;
       int b = 0;
       if constexpr (kBytes) {
         const int8_t* x = first_x;
         for (; b < chunked; b += kChunkBlocks, x += kChunk) {
           ask(ahead, kChunk * BITS / 8, past);
           const V::I dot = V::template dots<BITS, LUT, kDigits>(recode, planes, (first + b) * 2, x, x + low);
-          acc = V::fma(V::to_float(dot), V::template chunk_scales<kChunkBlocks>(scale + b), acc);
+          acc = V::fma(of_lanes(dot, lanes), V::template chunk_scales<kChunkBlocks>(scale + b), acc);
         }
       }
       for (; b < whole; ++b) {
         ask(ahead, kStep * BITS / 8, past);
-        acc = block<false>(recode, planes, first + b, in, scale[b], acc);
+        acc = block<false>(recode, planes, first + b, in, scale[b], lanes, acc);
       }
-      if (tail) acc = block<true>(recode, planes, first + b, in, scale[b], acc);
+      if (tail) acc = block<true>(recode, planes, first + b, in, scale[b], lanes, acc);
       sums[r] = acc;
     }
   }
