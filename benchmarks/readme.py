@@ -115,9 +115,10 @@ def beside() -> str:
             for kind, key in KINDS.items():
                 cells = [over_llama_cpp(kbit[b], theirs, key) if b in kbit else "" for b in WIDTHS]
                 rows.append([f"{name}, {kind}", *cells])
-                machine = data["environment"]
-        header = [f"{machine['cpu']}, tokens/s", *(f"{bits} bits" for bits in WIDTHS)]
-        parts.append(markdown(header, rows))
+                cpu = data["environment"]["cpu"]
+        if rows:
+            header = [f"{cpu}, tokens/s", *(f"{bits} bits" for bits in WIDTHS)]
+            parts.append(markdown(header, rows))
     return "\n\n".join(parts)
 
 
@@ -182,8 +183,9 @@ def _speed_of(name: str, data: dict[str, Any]) -> str:
         "first token, s",
         "peak memory, MB",
     ]
-    title = f"**{name}**, {data['threads']} threads, medians"
-    return f"{title}\n\n{markdown(header, rows)}\n\n<sub>{source(data)}</sub>"
+    title = f"{data['environment']['cpu']}: {name}, {data['threads']} threads, medians"
+    content = f"{markdown(header, rows)}\n\n<sub>{source(data)}</sub>"
+    return f"<details><summary>{title}</summary>\n\n{content}\n\n</details>"
 
 
 @table

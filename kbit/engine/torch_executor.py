@@ -23,6 +23,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def supports(decoder: Decoder, device: str) -> tuple[bool, str]:
     """Every described decoder, on every device that this torch has."""
+    return has_device(device)
+
+
+def has_device(device: str) -> tuple[bool, str]:
+    """Whether this torch has a device, such as "cpu" or "cuda:1", and kbit its kernels; and why."""
     kind, _, index = device.partition(":")
     if kind == "cpu" and not index:
         return True, f"torch {torch.__version__}"

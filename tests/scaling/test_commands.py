@@ -79,6 +79,16 @@ def test_plan_says_and_does_nothing(tiny: Tiny, tmp_path: Path) -> None:
     assert not (tmp_path / "records.jsonl").exists()
 
 
+def test_a_device_that_is_not_there_is_told_before_anything_runs(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    study = write(tmp_path, tiny, GRID)
+    done = run(commands.sweep, study, "--device", "cuda:99", "--cache", tmp_path / "cache")
+    assert isinstance(done.exception, KbitError)
+    assert str(done.exception).startswith("--device cuda:99: torch ")
+    assert not (tmp_path / "records.jsonl").exists()
+
+
 def test_all_cells_failing_is_an_error(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -47,15 +47,15 @@ static void load_block(const Input& input, const float* x, int step, X* out, int
 static void load_lanes(const Input& input, const float* x, int apart, int8_t* out, int64_t block, float* lanes) {
   const V::F limit = V::set1(kNarrowLimit), least_peak = V::set1(1e-30f);  // below, limit / peak may overflow
   V::F total = V::zero();
-  const auto whole = [](V::F a) { return V::add(a, V::swap<2>(a)); };
   for (int i = 0; i < kStep / V::kFloats; ++i) {
     if (apart && i & apart) continue;
     const V::F a = V::load(x + i * V::kFloats), b = V::load(x + (i + apart) * V::kFloats);
     V::F peak = V::max(V::abs(a), V::abs(b));
     peak = V::max(peak, V::swap<1>(peak));
-    peak = V::max(V::max(peak, V::swap<2>(peak)), least_peak);
+    peak = V::max(peak, V::max(V::swap<2>(peak), least_peak));
     V::F poison = V::fma(a, V::zero(), V::mul(b, V::zero()));  // NaN if any value is NaN or infinite
-    poison = whole(V::add(poison, V::swap<1>(poison)));
+    poison = V::add(poison, V::swap<1>(poison));
+    poison = V::add(poison, V::swap<2>(poison));
     const V::F factor = V::div(limit, peak), scale = V::fma(peak, V::set1(1.0f / kNarrowLimit), poison);
     const V::I p = V::round(V::mul(a, factor)), q = V::round(V::mul(b, factor));
     V::store8(out + i * V::kFloats, p);
