@@ -47,18 +47,19 @@ def draw(axes: Axes, name: str, data: dict[str, Any]) -> None:
         axes.plot(x, y, style, color=color, marker="o", markersize=4, label=label)
         if "," in label:
             continue
-        # llama.cpp's lie below kbit's, so their names do
-        place = ((-4, -5), "right") if label == "llama.cpp" else ((4, 4), "left")
+        place: dict[str, Any] = {"xytext": (4, 4), "ha": "left"}
+        if label == "llama.cpp":  # below kbit's, and many of about the same size
+            place = {"xytext": (2, -4), "ha": "right", "va": "top", "rotation": 55}
         for row, across, up in zip(rows, x, y, strict=True):
             axes.annotate(row["type"].removesuffix("-b64"), (across, up), fontsize=6, color=color,
-                          xytext=place[0], ha=place[1], textcoords="offset points")  # fmt: skip
+                          textcoords="offset points", **place)  # fmt: skip
     axes.set_xscale("log", base=2)
     axes.set_xticks([2, 3, 4, 6, 8, 16, 32], ["2", "3", "4", "6", "8", "16", "32"])
     axes.minorticks_off()
     axes.set_ylim(bottom=0)
     axes.set_xlabel("bits per parameter, measured")
     axes.set_ylabel("tokens per second, decoding")
-    axes.set_title(name, fontsize=10)
+    axes.set_title(f"{name}, {data['environment']['cpu']}", fontsize=10)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=7, frameon=False)
 
