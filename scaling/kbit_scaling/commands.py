@@ -90,12 +90,6 @@ def sweep(
     from .run import sweep as run_sweep
     from .study import read_study
 
-    if device != "cpu" and executor != "ray":  # Ray's workers may be on other machines
-        from kbit.engine.torch_executor import has_device
-
-        able, reason = has_device(device)
-        if not able:
-            raise KbitError(f"--device {device}: {reason}")
     read = read_study(study, _paths(path))
     place = records or read.records
     packed = place.with_name(place.name + ".gz")
@@ -112,6 +106,12 @@ def sweep(
     _announce(read, store, planned, settings)
     if plan_only:
         return
+    if device != "cpu" and executor != "ray":  # Ray's workers may be on other machines
+        from kbit.engine.torch_executor import has_device
+
+        able, reason = has_device(device)
+        if not able:
+            raise KbitError(f"--device {device}: {reason}")
     for record in planned.failures:
         store.add(record)
     failed = planned.old_failures + len(planned.failures)

@@ -19,7 +19,7 @@ from kbit_kernels.errors import KbitError
 from kbit_kernels.tensor import SCALE_CODEBOOK, QuantizedTensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI = 3  # kAbi of src/kbit.h
+ABI = 4  # kAbi of src/kbit.h
 Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx", "neon"]
 Arithmetic = Literal["float", "int8", "int16", "bf16"]
 # in the order of the enums of src/kbit.h

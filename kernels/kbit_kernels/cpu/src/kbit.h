@@ -12,7 +12,7 @@ namespace kbit {
 
 // Raised with every change of the C ABI, its enums and structs: Python asks for it, because a library
 // that an older checkout built stays where it is.
-constexpr int32_t kAbi = 3;
+constexpr int32_t kAbi = 4;
 
 // How a matrix is stored. The numbers are part of the C ABI.
 enum Storage : int32_t {
@@ -40,7 +40,7 @@ enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvxVnni = 2, kAvx512 = 3, kAmx =
 // The fastest instruction set of this machine, and whether `isa` can run here.
 Isa best_isa();
 bool isa_available(Isa isa);
-// Whether AVX-512 multiplies bf16 here (Cooper Lake, Sapphire Rapids, Zen 4 and later).
+// Whether AVX-512 multiplies bf16 here (Sapphire Rapids, Zen 4 and later).
 bool has_avx512_bf16();
 
 // A matrix as it lies in a checkpoint: pointers into memory-mapped parts, nothing owned. The layout

@@ -80,7 +80,7 @@ constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded
 // waits for them.
 constexpr int64_t kCodesAhead = 2048, kScalesAhead = 1024;
 // Whether a single token's codes are better asked for past the second-level cache: measured on AMD's
-// Zen 5, where it is 1.05 to 1.2 times as fast; two steps, the first into that cache, on Intel's Xeon.
+// Zen 5, where decoding is 1.1 times as fast; two steps, the first into that cache, on Intel's Xeon.
 extern const bool kPastSecondLevel;
 
 // In which order the bytes of a single token's inputs lie, so that the fields of a whole vector of a
