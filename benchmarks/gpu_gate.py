@@ -38,7 +38,7 @@ def configs_of(spec: Any, dtype: Any, scale: Scale) -> set[Any]:
     from kbit_kernels.triton.configs import SHIPPED_SHAPES, choose_for, gpu_class, heuristic
 
     gpu, sms = gpu_class(torch.device(scale.device))
-    shapes = SHIPPED_SHAPES if scale.device == "cuda" else scale.shapes
+    shapes = scale.shapes if scale.device == "cpu" else SHIPPED_SHAPES
     configs = set()
     for (n, k), m in itertools.product(shapes, scale.rows):
         chosen, _ = choose_for(spec, m, n, k, gpu, sms)
@@ -138,11 +138,16 @@ def attention_gate(scale: Scale) -> list[str]:
     return wrong if error < 4e-3 else [*wrong, f"attention is off by {error:.3g}"]
 
 
+def gate_specs(widths: tuple[int, ...]) -> list[str]:
+    """What is checked: all that is timed, and blocks and decodings that differ from it."""
+    specs = [f"{name}{k}-b64" for k in widths for name in DTYPES]
+    specs += ["int4-row", "int3-b32", "uint3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64"]
+    return [*specs, "int4-b64-center"]
+
+
 def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     """The gate over several processes: what is wrong, by spec or "attention"."""
-    specs = [f"{name}{k}-b64" for k in scale.widths for name in DTYPES]
-    specs += ["int4-row", "int3-b32", "uint3-b32", "uint5-b128", "nf4-b256", "lloyd4-b64"]
-    specs += ["int4-b64-center"]
+    specs = gate_specs(scale.widths)
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
     # the longest code first, each to whoever is free: the last to end bounds the time

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_peers import PEER_ROWS, PEERS, WIDTH_PEERS, Peer
-from gpu_scale import DTYPES, Scale
+from gpu_scale import DTYPES, Scale, counts_of
 
 # x cuBLAS at 8192 x 8192, M = 1, of the best published kernels (peers.md)
 TO_BEAT = {8: 1.60, 7: 1.68, 6: 1.86, 5: 1.96, 4: 2.24, 3: 2.26, 2: 2.58}
@@ -55,9 +55,7 @@ def sweep(
     gpu, sms = gpu_class(torch.device(device))
     spent: dict[str, float] = {}
     for (n, k), name in plan:
-        # every row count for int; for the others the ends of the scale
-        counts = [m for m in scale.rows if name == "int" or m in (1, 16, 128)]
-        counts = [m for m in counts if (name, (n, k), m) not in done]
+        counts = [m for m in counts_of(name, scale.rows) if (name, (n, k), m) not in done]
         weights = {}
         for bits in scale.widths if counts else ():
             spec = QuantSpec(name, bits)

@@ -33,6 +33,8 @@ LLAMA = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096
 # bands, warps_n, warps_k, split
 EIGHT, FOUR = (1, 1, 8, 1), (1, 1, 4, 1)
 CUTS = (EIGHT, FOUR, (1, 1, 4, 2), (1, 2, 4, 1), (1, 1, 8, 2))
+# warps beside each other read the same rows of x, which are many then
+BESIDE = tuple((1, n, k, split) for n, k in ((2, 2), (4, 1), (4, 2), (8, 1)) for split in (1, 2, 4))
 # for each of LLAMA: the cut, whether it overlaps with the kernel before, the limit of registers
 STEPS = {
     "alone": ((FOUR, 0), (EIGHT, 0), (FOUR, 0), (EIGHT, 0), (FOUR, 0)),
@@ -67,7 +69,7 @@ def candidates(spec: Any, rows: int, shape: tuple[int, int], few: bool) -> list[
         found = [config for config in found if config.warps_n == 4 and config.split <= 2]
         cuts = CUTS[:3] if rows > 8 else CUTS[:2]
     else:
-        cuts = CUTS
+        cuts = CUTS if bucket(rows) == 8 else CUTS + BESIDE
     if rows <= LINEAR_ROWS:
         found += [Config(bucket(rows), *cut, bool(o)) for cut in cuts for o in (0, 1)]
         if few and bucket(rows) == 8:

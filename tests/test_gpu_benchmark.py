@@ -58,6 +58,38 @@ def test_a_section_without_time_is_stopped(gpu: Any) -> None:
     assert gpu.apart(ends, (), time.monotonic() - 1, print) == "stopped: no time left"
 
 
+AHEAD = """
+import gpu_compile
+from gpu_scale import Scale
+
+gpu_compile.SCALE = Scale("meta", ((48, 512),), (1, 16))
+gpu_compile.pretend("sm_90")
+gpu_compile.compile_sweep("int4-b64", "float16")
+"""
+
+
+def test_what_is_compiled_ahead_is_in_the_cache(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    pytest.importorskip("torch")
+    for _ in range(2):  # the second time it is there
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", AHEAD],
+            cwd=ROOT,
+            env={
+                "PATH": "/usr/bin:/bin",
+                "HOME": str(tmp_path),
+                "PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}",
+                "TRITON_CACHE_DIR": str(tmp_path),
+            },
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        # one binary each for up to 8 rows of x and for 16
+        assert len(list(tmp_path.glob("*/linear_kernel.cubin"))) == 2
+
+
 @pytest.mark.slow
 def test_the_dry_run_reaches_the_end(tmp_path: Path) -> None:
     pytest.importorskip("triton")

@@ -92,7 +92,9 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     warps = config.warps_n * config.warps_k
     table = (32 << 10) if scheme_of(spec).kind == "table" else 0
     if config.stages:
-        tiles = config.stages * COLUMNS * (2 * config.rows_x + 2 * warps * spec.bits)
+        # one buffer of weights less: they are read before the next ones are asked for
+        both = config.stages * 2 * config.rows_x + (config.stages - 1) * 2 * warps * spec.bits
+        tiles = COLUMNS * both
         # as compiled: half a register a row of x for the sums, 96 for the rest; beyond, lanes spill
         registers = config.rows_x // 2 + 96 <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
@@ -109,10 +111,10 @@ def heuristic(rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     if rows_x > 16 and gpu in GEMM_CLASSES:
         # as an H100 liked best
         rows_x = min(rows_x, 64)
-        warps, programs_per_sm = (4, 2) if rows_x == 32 else (8, 1)
-        programs = -(-bands_total // warps) * -(-rows // rows_x)
+        programs_per_sm = 2 if rows_x == 32 else 1
+        programs = -(-bands_total // 8) * -(-rows // rows_x)
         split = power_of_two(min(tiles // 2, sms * programs_per_sm // programs, 8))
-        return Config(rows_x, 1, warps, 1, split, rows > 32, stages=3, arranged=rows > 32)
+        return Config(rows_x, 1, 8, 1, split, True, stages=3, arranged=rows > 32)
     # AMD's matrix instructions have at least 16 columns
     rows_x = min(max(rows_x, 16 if gpu.startswith("gfx") else 8), LINEAR_ROWS)
     wanted = sms * WARPS_PER_SM
@@ -222,7 +224,7 @@ def as_entry(config: Config, source: str) -> dict[str, Any]:
 @lru_cache(maxsize=16)
 def gpu_class(device: "torch.device") -> tuple[str, int]:
     """(name of the class such as `sm_90`, number of multiprocessors)."""
-    if device.type != "cuda":
+    if device.type == "cpu":
         return "interpreter", 1
     import torch
 

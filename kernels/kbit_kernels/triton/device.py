@@ -50,6 +50,11 @@ SHORT: dict[tuple[str, int, int], tuple[str, ...]] = {
     },
 }
 
+# Triton 3.6 hashes a function by what it calls that was hashed before: in the same order in every
+# process, else a cache that one process has filled is of no use to another.
+for _kernel in (kernels.linear_kernel, kernels.dequantize_kernel, gemm.gemm_kernel):
+    getattr(_kernel, "cache_key", None)  # an interpreted kernel has none
+
 
 @dataclass(frozen=True, eq=False)
 class DeviceTensor:

@@ -79,8 +79,8 @@ def finish(
     `y` fp32 [rows of weights, rows of x] that this program (pid_n, pid_m, pid_s) has summed. With
     GATE: out [M, N / 2] = GATE(of rows 0..7 of every 16) * rows 8..15.
 
-    SPLIT programs share an output: each writes its part to `partial`, the last to arrive (by
-    `counter`, which it sets back to 0) adds them in the order of the splits, so that results do
+    SPLIT programs, a power of two, share an output: each writes its part to `partial`, the last to
+    arrive (by `counter`, which it sets back to 0) adds them in a fixed order, so that results do
     not depend on timing and nothing needs clearing between calls.
     """
     BN: tl.constexpr = y.shape[0]
@@ -88,19 +88,30 @@ def finish(
     n = pid_n * BN + tl.arange(0, BN)[:, None]
     m = pid_m * BM + tl.arange(0, BM)[None, :]
     if SPLIT > 1:
+        # in the order in which lanes hold sums, so that none is exchanged: (j, warp, g, t, r, lo)
         tile_id = pid_m * tl.num_programs(0) + pid_n
         size: tl.constexpr = BN * BM
-        local = tl.arange(0, BN)[:, None] * BM + tl.arange(0, BM)[None, :]
-        base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size) + local
-        tl.store(base + pid_s * size, y, mask=m < M)
+        y = tl.permute(y.reshape(BN // 16, 2, 8, BM // 8, 4, 2), (3, 0, 2, 4, 1, 5))
+        y = y.reshape(size // 128, 32, 4)
+        at = tl.arange(0, size // 128)[:, None, None] * 128 + tl.arange(0, 32)[None, :, None] * 4
+        base = partial_ptr + tile_id.to(tl.int64) * (SPLIT * size)
+        base += at + tl.arange(0, 4)[None, None, :]
+        base = tl.max_contiguous(base, [1, 2, 4])  # lanes before warps, see linear_kernel
+        tl.store(base + pid_s * size, y)
         tl.debug_barrier()
         arrived = tl.atomic_add(counter_ptr + tile_id, 1, sem="acq_rel")
         if arrived < SPLIT - 1:
             return
         tl.store(counter_ptr + tile_id, 0)
-        y = tl.zeros([BN, BM], tl.float32)
-        for s in range(SPLIT):
-            y += tl.load(base + s * size, mask=m < M, other=0.0, cache_modifier=".cg")
+        if SPLIT == 2:  # whoever adds, the sum of two is the same
+            y += tl.load(base + (1 - pid_s) * size, cache_modifier=".cg")
+        else:
+            y = tl.zeros_like(y)
+            for s in range(0, SPLIT, 2):  # no more at once: registers
+                one = tl.load(base + s * size, cache_modifier=".cg")
+                y += one + tl.load(base + (s + 1) * size, cache_modifier=".cg")
+        y = tl.permute(y.reshape(BM // 8, BN // 16, 8, 4, 2, 2), (1, 4, 2, 0, 3, 5))
+        y = y.reshape(BN, BM)
     inside = (n < N) & (m < M)
     at = m.to(tl.int64) * N + n
     if BLOCK == 0:

@@ -36,7 +36,7 @@ Shape = tuple[int, int]
 Progress = Callable[[float, int, str], None]  # done, of how many, and what now
 # (warps, stages) of gemm_kernel by the rows of x that a program holds
 GEMMS = {
-    16: ((4, 4), (8, 4)),
+    16: ((4, 4), (8, 4), (16, 4)),
     32: ((4, 3), (8, 3), (8, 4), (16, 3)),
     64: ((4, 2), (8, 2), (8, 3), (8, 4), (16, 3)),
     128: ((4, 2), (8, 2)),
