@@ -12,7 +12,7 @@ from gpu_scale import DTYPES, Scale, counts_of
 TO_BEAT = {8: 1.60, 7: 1.68, 6: 1.86, 5: 1.96, 4: 2.24, 3: 2.26, 2: 2.58}
 # some peers tune themselves for longer than all of kbit's measurements take
 PEER_LIMIT_S = 40.0
-PEERS_LIMIT_S = 80.0  # all of them
+PEERS_LIMIT_S = 160.0  # all of them
 
 Key = tuple[str, tuple[int, int], int]  # data type, shape, rows of x
 

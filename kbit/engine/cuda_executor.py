@@ -4,6 +4,11 @@ A step in which no sequence gets more than one token is captured once per arena,
 of two of sequences, and replayed from then on. The captured code is the ordinary one; only the
 `Step` is special: its positions are device tensors that are filled before each replay. Sequences
 that get no token compute one all the same, at a place that nobody reads.
+
+Where tokens are chosen on the device, the next step starts with them at once, while the host still
+reads what they are: what it does between two steps, as long as a small model's whole step, costs
+nothing then. If it goes on with other tokens, what was computed ahead is left, as unread as the
+places above.
 """
 
 from __future__ import annotations
@@ -39,8 +44,9 @@ class DecodeStep:
     def __init__(self, executor: CudaExecutor, arena: TorchCache, *, capture: bool) -> None:
         device, batch = executor.device, arena.batch
         self._executor, self._arena = executor, arena
-        self._inputs_2B = torch.zeros((2, batch), dtype=torch.int64, device=device)
-        self._ids_B, self._positions_B = self._inputs_2B
+        self._inputs_3B = torch.zeros((3, batch), dtype=torch.int64, device=device)
+        self._ids_B, self._positions_B, self._active_B = self._inputs_3B
+        self._active: list[int] = []
         self._step = Step(
             rows=list(range(batch)),
             counts=[1, 1],  # with starts: the nearest and the farthest a sequence may stand
@@ -54,12 +60,21 @@ class DecodeStep:
         self._capture = capture
         self.graph: torch.cuda.CUDAGraph | None = None
         self._logits_BV = self._greedy_B2 = torch.empty(0)
+        self._chosen_B2 = torch.empty((batch, 2), dtype=torch.float64, pin_memory=capture)
 
-    def __call__(self, tokens: Sequence[int], positions: Sequence[int]) -> Tensor:
+    def __call__(
+        self, tokens: Sequence[int], positions: Sequence[int], active: Sequence[int] | None = None
+    ) -> Tensor:
         """Logits fp32 [B, V] after `tokens` at `positions`, on the device; the next call overwrites
-        them."""
+        them. active: 1 for a sequence that `go_on` gives another token, 0 for one that waits."""
+        self._active = [1] * len(tokens) if active is None else list(active)
         missing = [0] * (self._arena.batch - len(tokens))
-        self._inputs_2B.copy_(torch.tensor([[*tokens, *missing], [*positions, *missing]]))
+        inputs = [[*row, *missing] for row in (tokens, positions, self._active)]
+        self._inputs_3B.copy_(torch.tensor(inputs))
+        self._run()
+        return self._logits_BV[: len(tokens)]
+
+    def _run(self) -> None:
         if not self._capture:
             self._compute()
         elif self.graph is None:
@@ -76,13 +91,31 @@ class DecodeStep:
             self.graph = graph
         else:
             self.graph.replay()
-        return self._logits_BV[: len(tokens)]
 
-    def choose(self, draws: Sequence[Draw]) -> Tensor:
-        """cuda_sampler.choose of what the last call returned; the step has the likeliest ready."""
-        if not any(draw.temperature for draw in draws):
-            return self._greedy_B2[: len(draws)]
-        return choose(self._logits_BV[: len(draws)], draws)
+    def choose(self, draws: Sequence[Draw], go_on: bool) -> list[tuple[int, float]]:
+        """cuda_sampler.choose of the last step's logits; the step has the likeliest ready. With
+        go_on the step after it starts too, from what was chosen, and is under way on return."""
+        N = len(draws)
+        if any(draw.temperature for draw in draws):
+            chosen_N2 = choose(self._logits_BV[:N], draws)
+        else:
+            chosen_N2 = self._greedy_B2[:N]
+        kept_N2 = self._chosen_B2[:N]
+        kept_N2.copy_(chosen_N2, non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if self._capture else None
+        if go_on:
+            self._ids_B[:N] = chosen_N2[:, 0]
+            self._positions_B += self._active_B
+            self._run()
+        if arrived is not None:
+            arrived.synchronize()
+        return [(int(token), largest) for token, largest in kept_N2.tolist()]
+
+    def wait(self, active: Sequence[int]) -> None:
+        """From now on only `active` sequences get further tokens by `go_on`."""
+        if list(active) != self._active:
+            self._active = list(active)
+            self._active_B[: len(active)] = torch.tensor(self._active)
 
     def _compute(self) -> None:
         h = self._executor._embed(self._ids_B, self._positions_B)
@@ -103,6 +136,8 @@ class CudaCache(TorchCache):
         self.values = [values[:batch] for values in arena.values]
         self.rotary = arena.rotary
         self.step = step
+        # what the step that is under way was given: lengths, and each sequence's token if any
+        self.ahead: tuple[list[int], list[int | None]] | None = None
 
 
 class CudaExecutor(TorchExecutor):
@@ -171,7 +206,9 @@ class CudaExecutor(TorchExecutor):
         self, tokens: Sequence[np.ndarray], cache: TorchCache, *, all_logits: bool = False
     ) -> list[np.ndarray]:
         """See Executor.forward."""
+        assert isinstance(cache, CudaCache)
         counts = self._check(tokens, cache)
+        cache.ahead = None
         if max(counts) != 1:
             return super().forward(tokens, cache, all_logits=all_logits)
         logits = self._decode(tokens, counts, cache).cpu().numpy()
@@ -186,24 +223,46 @@ class CudaExecutor(TorchExecutor):
     ) -> list[tuple[int, float]]:
         """Like forward with at most one token a sequence, but every next token is chosen on the
         device as `draws` say; returns it and the largest logit per sequence."""
+        assert isinstance(cache, CudaCache)
         counts = self._check(tokens, cache)
         assert max(counts) == 1
-        assert isinstance(cache, CudaCache)
-        self._decode(tokens, counts, cache)
-        found = cache.step.choose(draws).tolist()
-        return [(int(token), largest) for token, largest in found]
+        if self._is_ahead(tokens, counts, cache):
+            cache.step.wait(counts)
+            _grow(cache, counts)
+        else:
+            self._decode(tokens, counts, cache)
+        lengths = [length for length, count in zip(cache.lengths, counts, strict=True) if count]
+        go_on = max(lengths) < cache.capacity
+        found = cache.step.choose(draws, go_on)
+        if go_on:
+            said = [token if n else None for (token, _), n in zip(found, counts, strict=True)]
+            cache.ahead = (list(cache.lengths), said)
+        return found
+
+    def _is_ahead(
+        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: CudaCache
+    ) -> bool:
+        """Whether the step with `tokens` is under way already. It may hold more sequences."""
+        ahead, cache.ahead = cache.ahead, None
+        if ahead is None or ahead[0] != cache.lengths:
+            return False
+        given = zip(tokens, counts, ahead[1], strict=True)
+        return all(not n or int(np.ravel(ids)[0]) == token for ids, n, token in given)
 
     def _decode(
-        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: TorchCache
+        self, tokens: Sequence[np.ndarray], counts: Sequence[int], cache: CudaCache
     ) -> Tensor:
-        assert isinstance(cache, CudaCache)
         ids = [int(np.ravel(t)[0]) if np.size(t) else 0 for t in tokens]
         # without a token: where the next one will be, or in a full row the last one, which only
         # a token that has no more room could read
         positions = [min(length, cache.capacity - 1) for length in cache.lengths]
-        logits = cache.step(ids, positions)
-        cache.lengths[:] = [n + count for n, count in zip(cache.lengths, counts, strict=True)]
+        logits = cache.step(ids, positions, counts)
+        _grow(cache, counts)
         return logits
+
+
+def _grow(cache: TorchCache, counts: Sequence[int]) -> None:
+    cache.lengths[:] = [n + count for n, count in zip(cache.lengths, counts, strict=True)]
 
 
 def _leave(idle: list[tuple[TorchCache, DecodeStep]], arena: TorchCache, step: DecodeStep) -> None:

@@ -42,6 +42,7 @@ def _draw(logits_BV: Tensor, draws: Sequence[Draw]) -> tuple[Tensor, Tensor]:
     sums = torch.where(top_p < 1, p, by_token).cumsum(1)
     total = sums[:, -1:]
     at = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
-    place = torch.searchsorted(sums, at, right=True)
+    # of NaN it is V, and a place that does not exist would end the device's context
+    place = torch.searchsorted(sums, at, right=True).clamp_(max=V - 1)
     drawn = torch.where(top_p < 1, ids.gather(1, place), place)[:, 0]
     return torch.tensor([d.temperature > 0 for d in draws]).to(drawn.device), drawn

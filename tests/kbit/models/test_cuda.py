@@ -15,12 +15,12 @@ import torch
 
 import kbit
 from kbit.checkpoint.reader import open_checkpoint
-from kbit.engine.cuda_executor import CudaExecutor
+from kbit.engine.cuda_executor import CudaExecutor, DecodeStep
 from kbit.engine.cuda_layers import stack
 from kbit.engine.cuda_sampler import choose
 from kbit.engine.executor import load_executor
 from kbit.engine.generate import Options, generate
-from kbit.engine.sampler import GREEDY, Sampler, Sampling
+from kbit.engine.sampler import GREEDY, Draw, Sampler, Sampling
 from kbit.engine.torch_executor import TorchExecutor
 from kbit.errors import KbitError
 from kbit.models import describe_checkpoint
@@ -156,6 +156,63 @@ def test_generation_samples_on_the_device(
     assert found[0] == found[1]
     assert len(found[0]) == 6
     assert calls
+
+
+def test_steps_ahead_are_used_and_left(
+    tiny_model: Callable[[str], Tiny], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, static = pair(tiny_model("llama"))
+    runs = []
+    run = DecodeStep._run
+    monkeypatch.setattr(DecodeStep, "_run", lambda step: runs.append(1) or run(step))
+    prompts = [np.arange(3), np.arange(20, 26)]
+    caches = [executor.new_cache(2, 16) for executor in (plain, static)]
+    for executor, cache in zip((plain, static), caches, strict=True):
+        executor.forward(prompts, cache)
+
+    def chosen(tokens: list[list[int]]) -> list[list[int]]:
+        """Both executors' next tokens after `tokens`, which are the same."""
+        feed = [np.array(ids, dtype=np.int64) for ids in tokens]
+        expected = [row.argmax() if row.size else None for row in plain.forward(feed, caches[0])]
+        found = static.sample(feed, caches[1], [GREEDY] * 2)
+        assert caches[0].lengths == caches[1].lengths
+        for (token, _), wanted in zip(found, expected, strict=True):
+            assert wanted is None or token == wanted
+        return [[token] for token, _ in found]
+
+    said = chosen([[7], [8]])
+    assert len(runs) == 2
+    for _ in range(3):
+        said = chosen(said)
+    assert len(runs) == 5  # one for each call, since all but the first were under way
+    said = chosen([said[0], []])  # the second one pauses
+    assert len(runs) == 6
+    said = chosen([said[0], []])
+    assert len(runs) == 7
+    other = [[(said[0][0] + 1) % 101], [9]]
+    said = chosen(other)  # neither as expected: a step of its own
+    assert len(runs) == 9
+    for cache in caches:
+        cache.truncate(0, cache.lengths[0] - 2)
+    said = chosen(said)  # the same tokens, but at another place
+    assert len(runs) == 11
+    for executor, cache in zip((plain, static), caches, strict=True):
+        executor.forward([np.array([1]), np.array([2])], cache)
+        cache.truncate(0, cache.lengths[0] - 1)
+        cache.truncate(1, cache.lengths[1] - 1)
+    chosen(said)  # at the same place, but something else was there meanwhile
+    while max(caches[1].lengths) < 16:  # up to the end, where no step fits any more
+        said = chosen(said)
+    with pytest.raises(KbitError, match="would grow to 17"):
+        static.sample([np.array(ids) for ids in said], caches[1], [GREEDY] * 2)
+
+
+def test_broken_logits_do_not_leave_the_vocabulary() -> None:
+    logits = torch.full((2, 8), torch.nan)
+    for top_p in (0.9, 1.0):
+        found = choose(logits, [Draw(1.0, 0, top_p, 0.0, 0.5)] * 2)
+        assert ((found[:, 0] >= 0) & (found[:, 0] < 8)).all()
+        assert found[:, 1].isnan().all()
 
 
 @pytest.mark.parametrize("text", ["int4-b64", "uint3-b32-dq", "nf4-row-bf16-center"])
