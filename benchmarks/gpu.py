@@ -17,7 +17,7 @@ Every section runs in a process of its own and every row is written to results/g
 it comes: neither a section that fails, nor a peer that hangs or corrupts the CUDA context, loses
 what others measured. The sweep is then taken up again without peers. Two plots at the end. Kernels
 are compiled by several processes before timing starts. `python benchmarks/readme.py` puts the
-table into README.
+table into README. gpu_compile.py can compile on another machine before.
 --dry-run goes through all of it without a GPU, on tiny shapes under Triton's interpreter, and
 writes to a temporary directory: it shows that the run will end, and no speed.
 """

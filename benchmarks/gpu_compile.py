@@ -2,7 +2,7 @@
 
     TRITON_CACHE_DIR=DIR python benchmarks/gpu_compile.py [--chip sm_90] [--tune] [--processes N]
 
-Compiling takes most of their time (some 2,000 kernels), and a card may be lent by the minute. The
+Compiling takes most of their time (some 1,000 kernels), and a card may be lent by the minute. The
 same calls run here with tensors without data and a driver without a card, so Triton's cache in DIR
 ends up with the entries that it looks for there: the card's machine needs the same Python, Triton
 and source, and the cache at the same path. What was not compiled ahead is compiled there.

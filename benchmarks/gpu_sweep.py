@@ -180,7 +180,8 @@ def plots(rows: list[dict[str, Any]], stem: Path, shape: tuple[int, int]) -> Non
     axes.xaxis.set_major_formatter(lambda rows, _: f"{rows:g}")
     axes.axhline(1, color="grey", linestyle=":")
     axes.set(xlabel="rows of x", ylabel="x cuBLAS fp16", title=f"{n} x {k}")
-    axes.legend()
+    axes.set_ylim(0, 1.3 * axes.get_ylim()[1])  # room for the legend
+    axes.legend(ncols=2, fontsize="small", loc="upper right")
     figure.tight_layout()
     figure.savefig(f"{stem}-rows.png", dpi=150)
 

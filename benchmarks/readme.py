@@ -249,8 +249,7 @@ def gpu() -> str:
         base = data["baseline"]
         title = f"**{base['gpu']}**, {base['copy_gb_s']:.0f} GB/s of copying; weights 8192 x 8192"
         at = [r for r in data["sweep"] if r["shape"] == [8192, 8192] and "us" in r]
-        others, said = other_types(path.stem.removeprefix("gpu-"))
-        tables = [by_rows(at), by_type([*others, *at]) + said]
+        tables = [by_rows(at), by_type(at)]
         if data.get("decode"):
             tables.append(decoding(data["decode"]))
         parts.append("\n\n".join([title, *tables, f"<sub>{source(data)}</sub>"]))
@@ -282,34 +281,20 @@ def by_rows(at: list[dict[str, Any]]) -> str:
     return markdown(header, rows)
 
 
-def other_types(gpu: str) -> tuple[list[dict[str, Any]], str]:
-    """What another run measured of data types that the last one had no time for; and a sentence."""
-    rows: list[dict[str, Any]] = []
-    names = []
-    for stem, part in ((f"gpu-types-{gpu}", "sweep"), (f"gpu-tune-{gpu}", "products")):
-        if (RESULTS / f"{stem}.json").exists():
-            rows += [r for r in load(stem)[part] if r["shape"] == [8192, 8192] and "us" in r]
-            names.append(f"[{stem}.json](benchmarks/results/{stem}.json)")
-    return rows, f"\n\n<sub>Other types than `int`: {' and '.join(names)}</sub>" if names else ""
-
-
 def by_type(at: list[dict[str, Any]]) -> str:
-    """Every data type over the widths, one row of x."""
+    """Every data type over the widths, one and 16 rows of x."""
     found = {}
     for row in at:
         match = re.match(r"(int|uint|nf|fp)([2-8])", row.get("spec", ""))
-        if match and row["rows"] == 1:
-            found[match[1], match[2]] = row["us"]
-    widths = sorted({bits for _, bits in found}, reverse=True)
+        if match:
+            found[row["rows"], match[1], match[2]] = row["us"]
+    widths = sorted({bits for _, _, bits in found}, reverse=True)
     rows = [
-        [
-            f"`{name}`",
-            *(f"{found[at]:.1f}" if (at := (name, bits)) in found else "" for bits in widths),
-        ]
+        [f"`{name}`", str(count), *(f"{found[count, name, bits]:.1f}" for bits in widths)]
         for name in ("int", "uint", "nf", "fp")
-        if any(name == known for known, _ in found)
+        for count in (1, 16)
     ]
-    return markdown(["us, M = 1, at bits", *widths], rows)
+    return markdown(["us at bits", "M", *widths], rows)
 
 
 def decoding(found: list[dict[str, Any]]) -> str:
