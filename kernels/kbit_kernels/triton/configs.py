@@ -95,8 +95,10 @@ def fits(config: Config, spec: QuantSpec) -> bool:
         # one buffer of weights less: they are read before the next ones are asked for
         both = config.stages * 2 * config.rows_x + (config.stages - 1) * 2 * warps * spec.bits
         tiles = COLUMNS * both
-        # as compiled: half a register a row of x for the sums, 96 for the rest; beyond, lanes spill
-        registers = config.rows_x // 2 + 96 <= (64 << 10) // (32 * warps)
+        # as compiled: half a register a row of x for the sums, 96 for the rest, more where codes of
+        # 3 and 5 bits are looked up; beyond, lanes spill
+        rest = 120 if table and spec.bits in (3, 5) else 96
+        registers = config.rows_x // 2 + rest <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
         return one_each and registers and (48 << 10) < tiles <= (224 << 10) - table
     exchanged = warps * ROWS * config.bands * config.rows_x * 4

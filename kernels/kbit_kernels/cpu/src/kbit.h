@@ -30,7 +30,8 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 // dot products; where 16 bits cost no more (codebooks of more than 16 entries, many tokens without
 // an instruction for bytes) inputs and weights have 16; many tokens with AMX: both are bf16. int16:
 // 16 bits everywhere; its error is some 100 times smaller than int8's. bf16: int16, but int8's bf16
-// where that takes it, and for a single token and 5 bits 8 with a scale for every 8 columns or fewer.
+// where that takes it, and for integers of 5 bits 8 with a scale for every 8 columns or fewer (a
+// single token) or every 16 (from 5 tokens on).
 // Plain matrices always use float.
 enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
@@ -126,11 +127,12 @@ class Input {
   int32_t order = 0;           // of bytes; see order_of
   bool digits = false;         // a single token's 16-bit values as two planes of bytes, the upper first
   bool fine = false;           // a single token's bytes have a scale for each lane of a product, in `lanes`
+  bool pieces = false;         // tokens' bytes have a scale for each piece of a block, in `lanes`
   bool panels = false;         // for AMX: bf16, or (kInt16) two planes of bytes a token; see amx.inl
   void* values = nullptr;      // [T, padded] float, int8_t, 16 bits or two bytes
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T, blocks], integers only; 1 where there are `lanes`
-  float* lanes = nullptr;      // a vector for each vector of sums that a row has
+  float* lanes = nullptr;      // fine: a vector for each vector of sums of a row; pieces: [T, blocks, kPieces]
   float* sums = nullptr;       // [T, blocks], of the values as they were rounded
   int32_t* totals = nullptr;   // [T, blocks], of the integers themselves
   float* outliers = nullptr;   // [T, J]: the values of the outlier columns, which are 0 above

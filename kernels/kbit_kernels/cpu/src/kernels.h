@@ -36,8 +36,9 @@ struct Kernels {
   // planes of bytes, the upper and the lower digits, for a matrix of integers.
   int32_t (*order)(int32_t bits);
   bool (*digits)(int32_t bits);
-  // Whether integers of that width take 8-bit inputs with a scale a lane also for kBf16Prompt: they add
-  // less than 2 percent to the weights' own error there (results/arithmetic-*.json).
+  // Whether integers of that width take 8-bit inputs with a scale a lane (many tokens: a piece) also for
+  // kBf16Prompt: they add less than 2 percent to the weights' own error there
+  // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
@@ -74,6 +75,7 @@ constexpr bool kCompactBuild = false;
 #endif
 
 constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded to it
+constexpr int kPieces = 4;  // of a block of 64 columns: piece p has columns 4p to 4p + 3 of every 16
 
 // How far ahead codes and scales are asked for, in bytes. Processors see neither stream coming in
 // time: a row is short, and a page ends after 4 KB. Scales matter as much as codes, since a row

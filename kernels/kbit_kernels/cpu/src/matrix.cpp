@@ -235,11 +235,17 @@ bool input_fine(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
          matrix.kernels->fine(matrix.tensor.bits);
 }
 
+bool input_pieces(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
+  const bool rounds = arithmetic == kInt8 || arithmetic == kBf16Prompt;
+  return rounds && tokens >= matrix.kernels->tile_tokens && !input_panels(matrix, arithmetic, tokens) &&
+         matrix.step == kStep && matrix.tensor.storage < kCodebook && matrix.kernels->fine(matrix.tensor.bits);
+}
+
 // The inputs' bits, and the largest magnitude that integers may have.
 int32_t input_width(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   if (arithmetic == kFloat || matrix.plain()) return 32;
   if (input_panels(matrix, arithmetic, tokens)) return 16;
-  if (input_fine(matrix, arithmetic, tokens)) return 8;
+  if (input_fine(matrix, arithmetic, tokens) || input_pieces(matrix, arithmetic, tokens)) return 8;
   const bool large = matrix.tensor.storage == kCodebook && (1 << matrix.tensor.bits) > kNarrowEntries;
   const Kernels& kernels = *matrix.kernels;
   const bool bytes = matrix.tensor.bits <= (matrix.tensor.storage == kCodebook ? kernels.byte_codebook_bits
@@ -278,7 +284,8 @@ bool Matrix::same_input(const Matrix& other) const {
       const int32_t width = input_width(*this, arithmetic, tokens);
       if (width != input_width(other, arithmetic, tokens) ||
           input_limit(*this, width, false) != input_limit(other, width, false) ||
-          input_fine(*this, arithmetic, tokens) != input_fine(other, arithmetic, tokens)) {
+          input_fine(*this, arithmetic, tokens) != input_fine(other, arithmetic, tokens) ||
+          input_pieces(*this, arithmetic, tokens) != input_pieces(other, arithmetic, tokens)) {
         return false;
       }
       const Layout mine = layout_of(*this, width, tokens), its = layout_of(other, width, tokens);
@@ -300,6 +307,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
   fine = input_fine(for_matrix, arithmetic, count);
+  pieces = input_pieces(for_matrix, arithmetic, count);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
@@ -309,7 +317,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   const size_t values_bytes = rounded(room * padded * (width / 8));
   const size_t block_bytes = rounded(count * blocks * 4);
   const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
-  const size_t lane_bytes = fine ? 16 * block_bytes : 0;
+  const size_t lane_bytes = fine ? 16 * block_bytes : pieces ? kPieces * block_bytes : 0;
   const size_t bytes = values_bytes + 3 * block_bytes + lane_bytes + outlier_bytes;
   if (bytes > capacity_) {
     std::free(memory_);

@@ -68,6 +68,35 @@ static void load_lanes(const Input& input, const float* x, int apart, int8_t* ou
   input.sums[block] = V::sum(total);
 }
 
+// Rounds one block of a token to bytes with a scale for each of its pieces.
+static void load_pieces(const Input& input, const float* x, int8_t* out, int64_t block) {
+  constexpr int kApart = 4 * kPieces / V::kFloats;  // vectors between those of the same pieces
+  V::F total = V::zero();
+  for (int first = 0; first < kApart; ++first) {
+    V::F peak = V::set1(1e-30f), poison = V::zero();  // below, limit / peak may overflow
+    for (int i = first; i < kStep / V::kFloats; i += kApart) {
+      const V::F v = V::load(x + i * V::kFloats);
+      peak = V::max(V::abs(v), peak);
+      poison = V::fma(v, V::zero(), poison);  // NaN if any value is NaN or infinite
+    }
+    peak = V::max(peak, V::swap<1>(peak));
+    peak = V::max(peak, V::swap<2>(peak));
+    poison = V::add(poison, V::swap<1>(poison));
+    poison = V::add(poison, V::swap<2>(poison));
+    const V::F factor = V::div(V::set1(kNarrowLimit), peak);
+    const V::F scale = V::fma(peak, V::set1(1.0f / kNarrowLimit), poison);
+    V::I rounded = V::izero();
+    for (int i = first; i < kStep / V::kFloats; i += kApart) {
+      const V::I v = V::round(V::mul(V::load(x + i * V::kFloats), factor));
+      V::store8(out + i * V::kFloats, v);
+      rounded = V::iadd(rounded, v);
+    }
+    V::store_fourth(input.lanes + block * kPieces + first * V::kFloats / 4, scale);
+    total = V::fma(V::to_float(rounded), scale, total);
+  }
+  input.sums[block] = V::sum(total);
+}
+
 // Where a block's scales lie among the lanes', and which of its vectors share them.
 struct Lanes {
   static constexpr int kBlocks = chunk_of(V::order(5)) / kStep;  // of a chunk
@@ -158,7 +187,8 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
             load_lanes(input, staged + i, places.apart(block), out + i, block, input.lanes + places.at(block));
             continue;
           }
-          load_block(input, staged + i, step, out + i, block);
+          if (input.pieces) load_pieces(input, staged + i, out + i, block);
+          else load_block(input, staged + i, step, out + i, block);
         } else if (input.width == 16) {
           int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;
           load_block(input, staged + i, step, out + i, block);

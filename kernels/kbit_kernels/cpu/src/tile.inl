@@ -212,9 +212,33 @@ struct Tile {
     }
   }
 
+  // dot = the columns of a piece of the block from column k on, times T tokens.
+  template <int T>
+  static inline __attribute__((always_inline)) void piece(const E* weights, const X* const (&x)[T], int k,
+                                                          V::I (&dot)[T][kV]) {
+    if constexpr (V::kPairSums) {  // 16 bits hold them all
+      at_word<T>(weights, x, k, dot, [](V::I, V::I w, V::I word) { return V::pair8(w, word); });
+      for (int i = 16; i < kStep; i += 16) at_word<T>(weights, x, k + i, dot, V::add_pair8);
+      KBIT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        KBIT_UNROLL
+        for (int v = 0; v < kV; ++v) dot[t][v] = V::widen_pairs(dot[t][v]);
+      }
+    } else {
+      KBIT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        KBIT_UNROLL
+        for (int v = 0; v < kV; ++v) dot[t][v] = V::izero();
+      }
+      KBIT_UNROLL
+      for (int i = 0; i < kStep; i += 16) at_word<T>(weights, x, k + i, dot, V::tile8);
+    }
+  }
+
   // y += the tile times tokens [token, token + T), x from the tile's first column on. OFFSETS: what is
   // added to a weight differs from block to block; else it is `center`, which the sums begin with.
-  template <int T, bool OFFSETS>
+  // PIECES: see Input.
+  template <int T, bool OFFSETS, bool PIECES>
   void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
                int columns, float* y, int64_t stride, int rows, bool fresh) const {
     V::F acc[T][kV];
@@ -232,7 +256,37 @@ struct Tile {
     const X* at[T];
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) at[t] = x + (token + t) * x_stride;
-    if constexpr (WIDTH == 32) {
+    if constexpr (PIECES) {
+      const int64_t first = token * in.blocks + block;
+      for (int b = 0; b * kStep < columns; ++b) {
+        V::F sums[T][kV];
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const float begin = OFFSETS ? 0 : static_cast<float>(center) * in.sums[first + t * in.blocks + b];
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) sums[t][v] = V::set1(begin);
+        }
+        for (int p = 0; p < kPieces; ++p) {
+          V::I dot[T][kV];
+          piece<T>(weights, at, b * kStep + p * kWord, dot);
+          KBIT_UNROLL
+          for (int t = 0; t < T; ++t) {
+            const V::F s = V::set1(in.lanes[(first + t * in.blocks + b) * kPieces + p]);
+            KBIT_UNROLL
+            for (int v = 0; v < kV; ++v) sums[t][v] = V::fma(V::to_float(dot[t][v]), s, sums[t][v]);
+          }
+        }
+        KBIT_UNROLL
+        for (int t = 0; t < T; ++t) {
+          const V::F sum = OFFSETS ? V::set1(in.sums[first + t * in.blocks + b]) : V::zero();
+          KBIT_UNROLL
+          for (int v = 0; v < kV; ++v) {
+            acc[t][v] = V::fma(sums[t][v], V::load(scale[b] + v * V::kFloats), acc[t][v]);
+            if constexpr (OFFSETS) acc[t][v] = V::fma(V::load(offset[b] + v * V::kFloats), sum, acc[t][v]);
+          }
+        }
+      }
+    } else if constexpr (WIDTH == 32) {
       const E* w = weights;
       for (int k = 0; k < columns; ++k, w += kTileRows) {
         V::F lanes[kV];
@@ -284,14 +338,14 @@ struct Tile {
     }
   }
 
-  template <int T, bool OFFSETS>
+  template <int T, bool OFFSETS, bool PIECES = false>
   void products(const Input& in, const X* x, int64_t x_stride, int64_t block, int columns, float* y,
                 int64_t stride, int rows, bool fresh, int64_t token) const {
     for (; token + T <= in.tokens; token += T) {
-      product<T, OFFSETS>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
+      product<T, OFFSETS, PIECES>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
     }
     if constexpr (T > 1) {
-      products<T == 6 ? 4 : T / 2, OFFSETS>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
+      products<T == 6 ? 4 : T / 2, OFFSETS, PIECES>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
     }
   }
 
@@ -302,8 +356,14 @@ struct Tile {
     const Meaning meant = meaning(WIDTH, m);
     tile.center = static_cast<int32_t>(meant.center);
     constexpr int kTokens = V::tokens(WIDTH);
-    const auto products = WIDTH != 32 && (m.tensor.zeros || m.tensor.means) ? &Tile::template products<kTokens, true>
-                                                                            : &Tile::template products<kTokens, false>;
+    const bool offsets = WIDTH != 32 && (m.tensor.zeros || m.tensor.means);
+    auto products = offsets ? &Tile::template products<kTokens, true> : &Tile::template products<kTokens, false>;
+    if constexpr (WIDTH == 8 && V::fine(5)) {
+      if (in.pieces) {
+        products = offsets ? &Tile::template products<kTokens, true, true>
+                           : &Tile::template products<kTokens, false, true>;
+      }
+    }
     const int64_t cols = m.tensor.cols;
     const int64_t stretches = (cols + kColumns - 1) / kColumns;  // of about the same size
     const int64_t most = ((cols + stretches - 1) / stretches + kStep - 1) / kStep * kStep;
