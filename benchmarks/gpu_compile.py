@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
 
 from gpu_gate import configs_of, gate_specs
-from gpu_scale import DTYPES, WIDTHS, Scale, counts_of
+from gpu_scale import DTYPES, WIDTHS, Scale
 
 HALVES = ("float16", "bfloat16")
 SCALE = Scale(device="meta")
@@ -93,7 +93,7 @@ def compile_sweep(text: str, half: str) -> None:
     spec = QuantSpec.parse(text)
     for n, k in SCALE.shapes:
         weight = random_weight(spec, (n, k), device=SCALE.device)
-        for rows in counts_of(spec.dtype, SCALE.rows):
+        for rows in SCALE.rows:
             x = torch.empty((rows, k), dtype=torch.float16, device=SCALE.device)
             linear(x, weight)
 

@@ -24,8 +24,3 @@ class Scale:
 
 
 DRY = Scale("cpu", ((48, 512),), (1, 16), (4,), (24, 512), 1 << 20, 1)
-
-
-def counts_of(dtype: str, rows: tuple[int, ...]) -> list[int]:
-    """Rows of x that are timed with a data type: all with int, else the ends of the scale."""
-    return [m for m in rows if dtype == "int" or m in (1, 16, 128)]

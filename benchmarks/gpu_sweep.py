@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from gpu_peers import PEER_ROWS, PEERS, WIDTH_PEERS, Peer
-from gpu_scale import DTYPES, Scale, counts_of
+from gpu_scale import DTYPES, Scale
 
 # x cuBLAS at 8192 x 8192, M = 1, of the best published kernels (peers.md)
 TO_BEAT = {8: 1.60, 7: 1.68, 6: 1.86, 5: 1.96, 4: 2.24, 3: 2.26, 2: 2.58}
@@ -55,7 +55,7 @@ def sweep(
     gpu, sms = gpu_class(torch.device(device))
     spent: dict[str, float] = {}
     for (n, k), name in plan:
-        counts = [m for m in counts_of(name, scale.rows) if (name, (n, k), m) not in done]
+        counts = [m for m in scale.rows if (name, (n, k), m) not in done]
         weights = {}
         for bits in scale.widths if counts else ():
             spec = QuantSpec(name, bits)
