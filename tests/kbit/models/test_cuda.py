@@ -114,12 +114,16 @@ OPTIONS = [
 ]
 
 
-def test_choices_on_the_device_are_those_of_the_host() -> None:
+UNORDERED = [options for options in OPTIONS if not {"top_k", "top_p"} & options.keys()]
+
+
+@pytest.mark.parametrize("several", [OPTIONS, UNORDERED], ids=["sorted", "unsorted"])
+def test_choices_on_the_device_are_those_of_the_host(several: list[dict[str, Any]]) -> None:
     rng = np.random.default_rng(0)
-    here = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(OPTIONS)]
-    there = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(OPTIONS)]
+    here = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(several)]
+    there = [Sampler(Sampling(**options), seed=3, sample=i) for i, options in enumerate(several)]
     for _ in range(200):
-        logits = (rng.standard_normal((len(OPTIONS), 300)) * 3).astype(np.float32)
+        logits = (rng.standard_normal((len(several), 300)) * 3).astype(np.float32)
         logits[:, 17] = logits[:, 4]  # ties
         found = choose(torch.from_numpy(logits), [sampler.draw() for sampler in there]).tolist()
         expected = [s.choose(row).token for s, row in zip(here, logits, strict=True)]
