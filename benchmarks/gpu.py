@@ -195,7 +195,7 @@ def main() -> None:
     widths = tuple(
         bits for bits in ((4,) if options.quick else scale.widths) if f"int{bits}-b64" not in wrong
     )
-    if "attention" in wrong or not widths:
+    if {"attention", "steps ahead"} & wrong.keys() or not widths:
         result["decode failed"] = "left out: the gate is red"
     else:
         until = time.monotonic() + 0.35 * (end - time.monotonic())

@@ -138,6 +138,36 @@ def attention_gate(scale: Scale) -> list[str]:
     return wrong if error < 4e-3 else [*wrong, f"attention is off by {error:.3g}"]
 
 
+def steps_gate(scale: Scale) -> list[str]:
+    """Tokens of decode steps that begin before the host knows the ones before, against those of
+    steps that wait: with pauses, and with other tokens than were chosen."""
+    import numpy as np
+    import torch
+
+    from gpu_decode import TINY, RandomLoader
+    from kbit.engine.cuda_executor import CudaExecutor
+    from kbit.engine.sampler import GREEDY
+    from kbit.models import describe
+
+    kind = type("Executor", (CudaExecutor,), {"loader_class": RandomLoader})
+    executor = kind({}, describe(TINY), scale.device, torch.float16, torch.float16)
+    prompts = [np.arange(length) for length in (3, 9)]
+    waiting, ahead = executor.new_cache(2, 200), executor.new_cache(2, 200)
+    for cache in (waiting, ahead):
+        executor.forward(prompts, cache)
+    feed = [np.array([1]), np.array([2])]
+    wrong = 0
+    for step in range(150 if scale.device == "cuda" else 4):
+        expected = executor.forward(feed, waiting)
+        found = executor.sample(feed, ahead, [GREEDY] * 2)
+        for (token, largest), row in zip(found, expected, strict=True):
+            wrong += row.size > 0 and (token, largest) != (int(row.argmax()), float(row.max()))
+        feed = [np.array([token]) for token, _ in found]
+        if step % 7 == 1:
+            feed = [np.array([step % 60]), np.array([], dtype=np.int64)]
+    return [f"{wrong} tokens of steps ahead are others"] if wrong else []
+
+
 def gate_specs(widths: tuple[int, ...]) -> list[str]:
     """What is checked: all that is timed, and blocks and decodings that differ from it."""
     specs = [f"{name}{k}-b64" for k in widths for name in DTYPES]
@@ -146,7 +176,7 @@ def gate_specs(widths: tuple[int, ...]) -> list[str]:
 
 
 def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
-    """The gate over several processes: what is wrong, by spec or "attention"."""
+    """The gate over several processes: what is wrong, by spec, "attention" or "steps ahead"."""
     specs = gate_specs(scale.widths)
     for library in ("OMP", "OPENBLAS", "MKL"):  # a thread a process is enough for all cores
         os.environ[f"{library}_NUM_THREADS"] = "1"
@@ -156,7 +186,10 @@ def run_gate(scale: Scale, until: float) -> dict[str, list[str]]:
     jobs = min(16, os.cpu_count() or 1)
     wrong: dict[str, list[str]] = {}
     with ProcessPoolExecutor(jobs, mp_context=SPAWN) as pool:
-        found = {("attention", ""): pool.submit(attention_gate, scale)}
+        found = {
+            ("attention", ""): pool.submit(attention_gate, scale),
+            ("steps ahead", ""): pool.submit(steps_gate, scale),
+        }
         for half in ("float16", "bfloat16"):
             for text in specs:
                 found[text, half] = pool.submit(gate, text, half, scale, until)
