@@ -30,9 +30,10 @@ DTYPE_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 DEQUANTIZE_WARPS = 4
 ARRANGE_BLOCK = 2048
 # Since 3.7 Triton has ptxas allocate registers in a way (regAllocOptLevel) that may leave a word or
-# two without one. For these decodings, widths and rows of x it helps to read the program's indices
-# anew after the loop; found by compiling. On the chips that are named, else on all.
-SHORT: dict[tuple[str, int, int], tuple[str, ...]] = {
+# two without one. For these decodings, widths and rows of x (and warps, where a fourth number says
+# so) it helps to read the program's indices anew after the loop; found by compiling. On the chips
+# that are named, else on all; None: on none.
+SHORT: dict[tuple[str | int, ...], tuple[str, ...] | None] = {
     ("int", 3, 8): ("sm_86", "sm_89"),
     ("int", 7, 8): (),
     ("uint", 5, 8): ("sm_100",),
@@ -41,6 +42,7 @@ SHORT: dict[tuple[str, int, int], tuple[str, ...]] = {
     ("int", 5, 16): ("sm_120",),
     ("table", 7, 16): ("sm_120",),
     ("fp", 8, 16): (),
+    ("fp", 8, 16, 8): None,
     ("fp", 8, LINEAR_ROWS): (),
     **{
         (kind, k, m): ()
@@ -266,7 +268,8 @@ def linear_constants(
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
         }
-    chips = SHORT.get((scheme_of(spec).kind, spec.bits, config.rows_x))
+    key = (scheme_of(spec).kind, spec.bits, config.rows_x)
+    chips = SHORT.get((*key, config.warps_n * config.warps_k), SHORT.get(key))
     short = chips is not None and (not chips or chip in chips)
     again = use_ptx and short and not LANES_FIRST.value
     return {
