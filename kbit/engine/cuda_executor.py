@@ -111,7 +111,7 @@ class DecodeStep:
             arrived.synchronize()
         return [(int(token), largest) for token, largest in kept_N2.tolist()]
 
-    def wait(self, active: Sequence[int]) -> None:
+    def restrict(self, active: Sequence[int]) -> None:
         """From now on only `active` sequences get further tokens by `go_on`."""
         if list(active) != self._active:
             self._active = list(active)
@@ -227,7 +227,7 @@ class CudaExecutor(TorchExecutor):
         counts = self._check(tokens, cache)
         assert max(counts) == 1
         if self._is_ahead(tokens, counts, cache):
-            cache.step.wait(counts)
+            cache.step.restrict(counts)
             _grow(cache, counts)
         else:
             self._decode(tokens, counts, cache)
