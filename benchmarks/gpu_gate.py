@@ -42,7 +42,7 @@ def configs_of(spec: Any, dtype: Any, scale: Scale) -> set[Any]:
     configs = set()
     for (n, k), m in itertools.product(shapes, scale.rows):
         chosen, _ = choose_for(spec, m, n, k, gpu, sms)
-        configs |= {heuristic(m, n, k, gpu, sms), *([] if chosen is None else [chosen])}
+        configs |= {heuristic(spec, m, n, k, gpu, sms), *([] if chosen is None else [chosen])}
     if dtype == torch.bfloat16:  # timed in fp16 only; one configuration a bucket is enough
         configs = set({c.rows_x: c for c in configs}.values())
     return configs

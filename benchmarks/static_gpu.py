@@ -50,7 +50,7 @@ def measure(chip: str, spec: QuantSpec, rows: int, plain: bool) -> dict[str, Any
 
     _, sms, clock_ghz, bandwidth_tb_s, limit, shared_kb = CHIPS[chip]
     sms_shipped = configs.SHIPPED_CLASSES[chip]
-    config = configs.heuristic(rows, N, K, chip, sms_shipped)
+    config = configs.heuristic(spec, rows, N, K, chip, sms_shipped)
     binary = compiled.compile_linear(spec, chip, config, use_ptx=False if plain else None)
     stored = sum(
         dtype.itemsize * int(shape[0]) * (int(shape[1]) if len(shape) > 1 else 1)

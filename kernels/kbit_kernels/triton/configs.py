@@ -46,6 +46,7 @@ class Config:
         arranged: x is brought into the order of gemm_kernel by a kernel of its own before.
         registers: how many a lane may have at most, so that more programs fit a multiprocessor; 0:
             as many as the compiler likes.
+        ahead: of gemm_kernel: the next tile of weights waits in registers, only x in shared memory.
     """
 
     rows_x: int
@@ -57,6 +58,7 @@ class Config:
     stages: int = 0
     arranged: bool = False
     registers: int = 0
+    ahead: bool = False
 
     @classmethod
     def of(cls, entry: dict[str, Any]) -> "Config":
@@ -71,6 +73,7 @@ class Config:
             int(entry.get("stages", 0)),
             bool(entry.get("arranged", False)),
             int(entry.get("registers", 0)),
+            bool(entry.get("ahead", False)),
         )
 
 
@@ -93,30 +96,38 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     table = (32 << 10) if scheme_of(spec).kind == "table" else 0
     if config.stages:
         # one buffer of weights less: they are read before the next ones are asked for
-        both = config.stages * 2 * config.rows_x + (config.stages - 1) * 2 * warps * spec.bits
-        tiles = COLUMNS * both
+        weights = 0 if config.ahead else (config.stages - 1) * 2 * warps * spec.bits
+        tiles = COLUMNS * (config.stages * 2 * config.rows_x + weights)
         # as compiled: half a register a row of x for the sums, 96 for the rest, more where codes of
-        # 3 and 5 bits are looked up; beyond, lanes spill
-        rest = 120 if table and spec.bits in (3, 5) else 96
+        # 3 and 5 bits are looked up, or many bits wait; beyond, lanes spill
+        rest = 120 if table and (config.ahead or spec.bits in (3, 5)) else 96
+        rest += max(0, 4 * (spec.bits - 5)) if config.ahead else 0
         registers = config.rows_x // 2 + rest <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
-        return one_each and registers and (48 << 10) < tiles <= (224 << 10) - table
+        asked = tiles > (48 << 10) or (config.ahead and not table)
+        return one_each and registers and asked and tiles <= (224 << 10) - table
     exchanged = warps * ROWS * config.bands * config.rows_x * 4
     return config.rows_x <= LINEAR_ROWS and (not table or exchanged <= 16 << 10)
 
 
-def heuristic(rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
+# of an H100's liking where weights wait in registers, by the rows of x that a program holds: warps,
+# stages, programs a multiprocessor
+AHEAD = {16: (8, 6, 2), 32: (16, 4, 1), 64: (4, 3, 2)}
+
+
+def heuristic(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
     rows_x = bucket(rows)
     tiles = -(-k // COLUMNS)
     bands_total = -(-n // ROWS)
-    if rows_x > 16 and gpu in GEMM_CLASSES:
-        # as an H100 liked best
+    ahead = scheme_of(spec).kind != "table"  # there lookups leave no registers
+    if rows_x > (8 if ahead else 16) and gpu in GEMM_CLASSES:
         rows_x = min(rows_x, 64)
-        programs_per_sm = 2 if rows_x == 32 else 1
-        programs = -(-bands_total // 8) * -(-rows // rows_x)
+        few = 2 if rows_x == 32 else 1
+        warps, stages, programs_per_sm = AHEAD[rows_x] if ahead else (8, 3, few)
+        programs = -(-bands_total // warps) * -(-rows // rows_x)
         split = power_of_two(min(tiles // 2, sms * programs_per_sm // programs, 8))
-        return Config(rows_x, 1, 8, 1, split, True, stages=3, arranged=rows > 32)
+        return Config(rows_x, 1, warps, 1, split, True, stages, arranged=rows > 32, ahead=ahead)
     # AMD's matrix instructions have at least 16 columns
     rows_x = min(max(rows_x, 16 if gpu.startswith("gfx") else 8), LINEAR_ROWS)
     wanted = sms * WARPS_PER_SM
@@ -154,7 +165,7 @@ def shipped_configs(gpu: str, spec: QuantSpec) -> set[Config]:
     found = set(best.values())
     for n, k in SHIPPED_SHAPES:
         for rows in ROW_BUCKETS:
-            found.add(heuristic(rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
+            found.add(heuristic(spec, rows, n, k, gpu, SHIPPED_CLASSES[gpu]))
     return {config for config in found if fits(config, spec)}
 
 
@@ -254,7 +265,7 @@ def fused_for(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) ->
                 config = Config.of(table["entries"][key])
                 if fits(config, spec):
                     return config, source
-    return heuristic(rows, n, k, gpu, sms), "rule"
+    return heuristic(spec, rows, n, k, gpu, sms), "rule"
 
 
 @lru_cache(maxsize=4096)

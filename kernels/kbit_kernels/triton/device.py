@@ -267,6 +267,7 @@ def linear_constants(
             "W": config.warps_n,
             "SCALING": SCALE_PTX if use_ptx else "",
             "ARRANGED": config.arranged,
+            "AHEAD": config.ahead,
         }
     key = (scheme_of(spec).kind, spec.bits, config.rows_x)
     chips = SHORT.get((*key, config.warps_n * config.warps_k), SHORT.get(key))

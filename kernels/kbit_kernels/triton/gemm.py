@@ -1,10 +1,10 @@
 """The matrix product for many rows of x: what is decoded stays in registers, x in shared memory.
 
 A program owns W bands of 16 rows, one a warp, and BM rows of x. Tiles of 256 columns of both are on
-their way through shared memory while the one before is worked on (Triton's `num_stages`); the
-tensor cores of sm_90 take the decoded weights from registers and x from shared memory, once for
-four warps (`wgmma`). Scales are multiplied into the weights, as when they are dequantized: with so
-many rows of x that costs less than scaling the sums.
+their way through shared memory while the one before is worked on (Triton's `num_stages`), or those
+of the weights in registers (`AHEAD`); the tensor cores of sm_90 take the decoded weights from
+registers and x from shared memory, once for four warps (`wgmma`). Scales are multiplied into the
+weights, as when they are dequantized: with so many rows of x that costs less than scaling the sums.
 
 Lanes hold the columns of a product in an order of their own (`layout`), and x must lie in shared
 memory in the same. It gets there in pieces of two columns or, where a kernel has arranged it
@@ -117,6 +117,7 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr,
     EVEN_K: tl.constexpr,
     ARRANGED: tl.constexpr,
+    AHEAD: tl.constexpr,
     BM: tl.constexpr,
     W: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -129,7 +130,8 @@ def gemm_kernel(
 ):
     """out [M, N] = x [M, K] @ W.T * factor + extra [M, N] + bias [N], and what `finish` says; fp32
     accumulation. `tiles` = ceil(K / 256); SPLIT programs share an output. ARRANGED: x is what
-    arrange_kernel makes of it."""
+    arrange_kernel makes of it. AHEAD: the next tile of weights is loaded into registers at the
+    beginning of a step; what the loop carries goes past Triton's pipeline."""
     DT: tl.constexpr = x_ptr.dtype.element_ty
     SCALE: tl.constexpr = scales_ptr.dtype.element_ty
     ZERO: tl.constexpr = zeros_ptr.dtype.element_ty
@@ -165,17 +167,30 @@ def gemm_kernel(
     scales, zeros, means = values_of_all(
         blocks_at, first, first + none, always, SCALE, ZERO, BLOCK, True
     )
+    chunks = ()
+    if AHEAD:
+        chunks = tile_words(w_ptrs + first * (BITS * 128), always, 0, SUBTILES * CHUNKS, True)
     acc = tl.zeros([W * 16, BM], tl.float32)
     after_others(OVERLAPS)
     for step in range(first, tiles, SPLIT):
+        tile4 = step + SPLIT + none
+        here = w_ptrs + step * (BITS * 128)
+        some = chunks
+        if AHEAD:
+            chunks = tile_words(
+                here + SPLIT * (BITS * 128), tile4 < tiles, 0, SUBTILES * CHUNKS, False
+            )
         values = ()
         for u in tl.static_range(SUBTILES):
-            at = w_ptrs + step * (BITS * 128)
+            if AHEAD:
+                words = taken(some, u * CHUNKS, CHUNKS)
+            else:
+                words = tile_words(here, always, u * CHUNKS, CHUNKS, True)
             operands = registers
             if KIND == "uint":
                 operands = zero_words(zeros, ZERO.primitive_bitwidth, BLOCK, u, SUBTILES)
             outputs = decode(
-                halves(tile_words(at, always, u * CHUNKS, CHUNKS, True)),
+                halves(words),
                 operands,
                 table_ptr,
                 PTX,
@@ -217,7 +232,6 @@ def gemm_kernel(
                 a = tl.permute(a.reshape(1, W, 8, 4, 2, 2, 2, 2, 2), (0, 1, 4, 2, 8, 7, 5, 3, 6))
                 acc = dot(a.reshape(W * 16, 64), tl.trans(x), acc)
         # not earlier: in other registers they would be moved, and so waited for, within the step
-        tile4 = step + SPLIT + none
         scales, zeros, means = values_of_all(
             blocks_at, step + SPLIT, tile4, tile4 < tiles, SCALE, ZERO, BLOCK, False
         )

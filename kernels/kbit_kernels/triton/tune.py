@@ -1,5 +1,6 @@
 """Search of configurations on the card at hand; `kbit tune` calls it, nothing else does."""
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -41,6 +42,12 @@ GEMMS = {
     64: ((4, 2), (8, 2), (8, 3), (8, 4), (16, 3)),
     128: ((4, 2), (8, 2)),
 }
+# ... where the next tile of weights waits in registers
+GEMMS_AHEAD = {
+    16: ((4, 6), (8, 6), (16, 6)),
+    32: ((4, 4), (8, 4), (16, 4)),
+    64: ((4, 3), (8, 3), (8, 4), (16, 4)),
+}
 SPLITS = (1, 2, 4, 8)
 FEW_REGISTERS = 64  # of a lane: four programs of eight warps fit a multiprocessor
 COMPILERS = 8  # processes at most; each takes some 500 MB of the card
@@ -58,9 +65,9 @@ class Found:
     rule_us: float
 
 
-def candidates(rows: int, n: int, k: int, gpu: str, sms: int) -> list[Config]:
+def candidates(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) -> list[Config]:
     """What is worth measuring: the rule's choice first, then its neighbours without overlap."""
-    rule = heuristic(rows, n, k, gpu, sms)
+    rule = heuristic(spec, rows, n, k, gpu, sms)
     tiles = -(-k // COLUMNS)
     found = [rule]
     limits = (0, FEW_REGISTERS) if rule.rows_x == 8 else (0,)
@@ -83,11 +90,11 @@ def gemm_candidates(rows: int, n: int, k: int, sms: int) -> list[Config]:
     """Of gemm_kernel, without overlap."""
     found = []
     for rows_x in (64, 128) if bucket(rows) == 128 else (bucket(rows),):
-        for warps, stages in GEMMS.get(rows_x, ()):
-            for split in SPLITS:
+        for ahead, gemms in ((False, GEMMS), (True, GEMMS_AHEAD)):
+            for (warps, stages), split in itertools.product(gemms.get(rows_x, ()), SPLITS):
                 programs = -(-n // (16 * warps)) * -(-rows // rows_x) * split
                 if split <= -(-k // COLUMNS) and (split == 1 or programs <= 4 * sms):
-                    plain = Config(rows_x, 1, warps, 1, split, stages=stages)
+                    plain = Config(rows_x, 1, warps, 1, split, stages=stages, ahead=ahead)
                     found.append(plain)
                     if rows > LINEAR_ROWS:
                         found.append(replace(plain, arranged=True))
@@ -154,7 +161,9 @@ def tune(
         for done, (spec, (n, k), m) in enumerate(jobs):
             key = entry_keys(spec, m, n, k)[0]
             text = f"{spec} {n}x{k}, {m} rows"
-            configs = [config for config in candidates(m, n, k, gpu, sms) if fits(config, spec)]
+            configs = [
+                config for config in candidates(spec, m, n, k, gpu, sms) if fits(config, spec)
+            ]
             rule = configs[0]
             progress(done, len(jobs), text)
             for compiled in compile_all(spec, k, configs):

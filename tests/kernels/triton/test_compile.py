@@ -47,7 +47,9 @@ ALL_SPECS = [f"{name}{k}-b64" for k in WIDTHS for name in ("int", "uint", "fp", 
 
 
 def config_of(chip: str, spec: str, rows: int) -> Config:
-    return configs.heuristic(rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip])
+    return configs.heuristic(
+        QuantSpec.parse(spec), rows, 8192, 8192, chip, configs.SHIPPED_CLASSES[chip]
+    )
 
 
 def check(chip: str, text: str, config: Config, half: str = "fp16") -> compiled.Binary:

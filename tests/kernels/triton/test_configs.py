@@ -33,17 +33,18 @@ def test_the_rule_fits_every_shape(gpu: str) -> None:
     sms = configs.SHIPPED_CLASSES[gpu]
     for n, k in [*configs.SHIPPED_SHAPES, (1, 32), (576, 1536), (49152, 576), (128256, 4096)]:
         for rows in (1, 2, 8, 9, 16, 17, 64, 100):
-            config = configs.heuristic(rows, n, k, gpu, sms)
+            config = configs.heuristic(SPEC, rows, n, k, gpu, sms)
             tiles = -(-k // configs.COLUMNS)
             assert config.rows_x >= min(rows, 32)
             assert config.warps_k * config.split <= max(tiles, config.warps_n)
-            assert config.warps_n * config.warps_k <= configs.MAX_WARPS
+            most = 16 if config.stages else configs.MAX_WARPS
+            assert config.warps_n * config.warps_k <= most
             for value in (config.bands, config.warps_n, config.warps_k, config.split):
                 assert value.bit_count() == 1
 
 
 def test_one_to_eight_rows_share_a_configuration() -> None:
-    found = {configs.heuristic(rows, 8192, 8192, *ARGUMENTS) for rows in range(1, 9)}
+    found = {configs.heuristic(SPEC, rows, 8192, 8192, *ARGUMENTS) for rows in range(1, 9)}
     assert len(found) == 1
 
 
@@ -87,7 +88,8 @@ def test_the_rule_fits_in_shared_memory(gpu: str) -> None:
         for spec in (QuantSpec("nf", bits), QuantSpec("int", bits)):
             for n, k in configs.SHIPPED_SHAPES:
                 for rows in configs.ROW_BUCKETS:
-                    assert configs.fits(configs.heuristic(rows, n, k, gpu, sms), spec)
+                    config = configs.heuristic(spec, rows, n, k, gpu, sms)
+                    assert configs.fits(config, spec)
 
 
 def test_a_second_search_keeps_the_first(cache: Path) -> None:

@@ -15,7 +15,7 @@ from tests.kernels.triton.conftest import Run
 WIDTHS = range(2, 9)
 BLOCKS = ("b32", "b64", "b128", "b256", "row")
 ALL_BLOCKS = ("b16", *BLOCKS, "b512", "b1024")
-# rows_x, bands, warps_n, warps_k, split, overlap, stages, arranged
+# rows_x, bands, warps_n, warps_k, split, overlap, stages, arranged, registers, ahead
 PLAIN = [8, 1, 1, 2, 1]
 PATHS = {
     "one-warp": (1, [8, 1, 1, 1, 1]),
@@ -32,6 +32,8 @@ PATHS = {
     "shared-x": (29, [32, 1, 4, 1, 1, False, 2]),
     "shared-x-split": (70, [64, 1, 4, 1, 2, False, 3]),
     "arranged-x": (21, [32, 1, 4, 1, 1, True, 3, True]),
+    "ahead": (21, [32, 1, 4, 1, 1, True, 3, False, 0, True]),
+    "ahead-split": (70, [64, 1, 4, 1, 2, True, 3, True, 0, True]),
 }
 PATH_CASES = [
     *((path, "int4-b64") for path in PATHS),
@@ -46,6 +48,9 @@ PATH_CASES = [
     ("shared-x-split", "int2-b16"),
     ("shared-x-split", "uint5-b1024"),
     ("arranged-x", "uint4-b16"),
+    ("ahead", "uint3-b32"),
+    ("ahead-split", "nf5-row"),
+    ("ahead-split", "int8-b128-center"),
 ]
 
 

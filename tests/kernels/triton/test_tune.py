@@ -61,7 +61,7 @@ def test_the_best_are_tried_with_overlap(
     monkeypatch.setattr(tune, "overlapping", lambda device, early: flags)
     (found,) = tune.tune([INT4], [(4096, 4096)], [1], device="cpu")
     assert found.config.overlap == able
-    everything = tune.candidates(8, 4096, 4096, gpu, configs.SHIPPED_CLASSES[gpu])
+    everything = tune.candidates(INT4, 8, 4096, 4096, gpu, configs.SHIPPED_CLASSES[gpu])
     assert found.us == min(map(price, everything)) - 0.5 * able
 
 
@@ -76,11 +76,11 @@ def test_compiling_side_by_side_counts_what_is_done(monkeypatch: pytest.MonkeyPa
 
 
 def test_eight_warps_are_also_tried_with_few_registers() -> None:
-    found = tune.candidates(1, 8192, 8192, "sm_90", 132)
+    found = tune.candidates(INT4, 1, 8192, 8192, "sm_90", 132)
     few = [config for config in found if config.registers]
     assert few
     assert {config.warps_n * config.warps_k for config in few} == {configs.MAX_WARPS}
-    assert not any(c.registers for c in tune.candidates(16, 8192, 8192, "sm_90", 132))
+    assert not any(c.registers for c in tune.candidates(INT4, 16, 8192, 8192, "sm_90", 132))
 
 
 def test_the_cross_over_is_the_median(table: Path, monkeypatch: pytest.MonkeyPatch) -> None:
