@@ -26,6 +26,14 @@ LINEAR_ROWS = 32  # of them by kernels.linear_kernel
 MAX_WARPS = 8  # of linear_kernel
 GEMM_CLASSES = ("sm_90",)  # whose tensor cores take x from shared memory, as gemm.py is made for
 CROSS_OVER_ROWS = 128  # above it others' fused kernels lose to cuBLAS; kbit tune measures it
+# of gemm_kernel beside its sums, where weights wait in registers, if more than usual (see fits)
+AHEAD_REGISTERS = {
+    ("int", 8): 128,
+    ("uint", 8): 120,
+    ("fp", 8): 120,
+    ("uint", 3): 120,
+    ("fp", 5): 120,
+}
 WARPS_PER_SM = 24  # enough loads in flight to cover the memory's latency
 
 
@@ -93,15 +101,18 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
     sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB."""
     warps = config.warps_n * config.warps_k
-    table = (32 << 10) if scheme_of(spec).kind == "table" else 0
+    kind = scheme_of(spec).kind
+    table = (32 << 10) if kind == "table" else 0
     if config.stages:
         # one buffer of weights less: they are read before the next ones are asked for
         weights = 0 if config.ahead else (config.stages - 1) * 2 * warps * spec.bits
         tiles = COLUMNS * (config.stages * 2 * config.rows_x + weights)
         # as compiled: half a register a row of x for the sums, 96 for the rest, more where codes of
         # 3 and 5 bits are looked up, or many bits wait; beyond, lanes spill
-        rest = 120 if table and (config.ahead or spec.bits in (3, 5)) else 96
-        rest += max(0, 4 * (spec.bits - 5)) if config.ahead else 0
+        rest = 120 if table and spec.bits in (3, 5) else 96
+        if config.ahead:
+            usual = 120 if table else 96 + max(0, 4 * (spec.bits - 5))
+            rest = AHEAD_REGISTERS.get((kind, spec.bits), usual)
         registers = config.rows_x // 2 + rest <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
         asked = tiles > (48 << 10) or (config.ahead and not table)
@@ -110,24 +121,31 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     return config.rows_x <= LINEAR_ROWS and (not table or exchanged <= 16 << 10)
 
 
-# of an H100's liking where weights wait in registers, by the rows of x that a program holds: warps,
-# stages, programs a multiprocessor
-AHEAD = {16: (8, 6, 2), 32: (16, 4, 1), 64: (4, 3, 2)}
+# gemm_kernel as an H100 liked best, by the rows of x that a program holds: warps, stages, programs a
+# multiprocessor; where weights wait in registers the first that fits
+AHEAD = {16: [(8, 6, 2)], 32: [(16, 4, 1), (8, 4, 2)], 64: [(4, 3, 2)]}
+NOT_AHEAD = {32: [(8, 3, 2)], 64: [(8, 3, 1)]}  # lookups leave no registers for it
+
+
+def _gemm(rows: int, n: int, k: int, sms: int, cut: tuple[int, int, int], ahead: bool) -> Config:
+    """gemm_kernel's configuration with a cut of AHEAD or NOT_AHEAD."""
+    rows_x, (warps, stages, per_sm) = min(bucket(rows), 64), cut
+    programs = -(-n // (ROWS * warps)) * -(-rows // rows_x)
+    split = power_of_two(min(-(-k // COLUMNS) // 2, sms * per_sm // programs, 8))
+    arranged = rows > LINEAR_ROWS
+    return Config(rows_x, 1, warps, 1, split, True, stages, arranged, ahead=ahead)
 
 
 def heuristic(spec: QuantSpec, rows: int, n: int, k: int, gpu: str, sms: int) -> Config:
     """A configuration without measurements: enough warps to keep `sms` multiprocessors loading."""
     rows_x = bucket(rows)
+    ahead = scheme_of(spec).kind != "table"
+    cuts = (AHEAD if ahead else NOT_AHEAD).get(min(rows_x, 64), [])
+    if cuts and gpu in GEMM_CLASSES:
+        found = (_gemm(rows, n, k, sms, cut, ahead) for cut in cuts)
+        return next(config for config in found if fits(config, spec))
     tiles = -(-k // COLUMNS)
     bands_total = -(-n // ROWS)
-    ahead = scheme_of(spec).kind != "table"  # there lookups leave no registers
-    if rows_x > (8 if ahead else 16) and gpu in GEMM_CLASSES:
-        rows_x = min(rows_x, 64)
-        few = 2 if rows_x == 32 else 1
-        warps, stages, programs_per_sm = AHEAD[rows_x] if ahead else (8, 3, few)
-        programs = -(-bands_total // warps) * -(-rows // rows_x)
-        split = power_of_two(min(tiles // 2, sms * programs_per_sm // programs, 8))
-        return Config(rows_x, 1, warps, 1, split, True, stages, arranged=rows > 32, ahead=ahead)
     # AMD's matrix instructions have at least 16 columns
     rows_x = min(max(rows_x, 16 if gpu.startswith("gfx") else 8), LINEAR_ROWS)
     wanted = sms * WARPS_PER_SM
