@@ -46,6 +46,7 @@ def chat(
     context: options.Context = None,
 ) -> None:
     """Talk to a model with its own chat template; /help lists what else can be typed."""
+    options.import_numpy()
     loaded = options.load_model(
         model,
         backend=backend,

@@ -75,6 +75,7 @@ def generate(
     The prompts are PROMPT and those of -p and -f, in this order, or else standard input. Text is
     completed as it stands; for questions to a chat model there is `kbit chat`.
     """
+    options.import_numpy()
     from kbit.errors import KbitError
 
     if logprobs is not None and not as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -110,6 +111,18 @@ def read_text(path: Path) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise KbitError(f"{where}: is no UTF-8 text (byte {error.start})") from None
+
+
+def import_numpy() -> None:
+    """numpy, whose BLAS else starts a thread a core, which spin beside the first step (20 of 290 ms
+    to the first token, on two cores). A decoder does not multiply with it."""
+    name = "OPENBLAS_NUM_THREADS"  # read once, while numpy is loaded
+    ours = name not in os.environ
+    os.environ.setdefault(name, "1")
+    import numpy  # noqa: F401
+
+    if ours:
+        del os.environ[name]
 
 
 def load_model(

@@ -148,20 +148,30 @@ void AttentionPass::run_tiles() {
   }
   pool_.barrier();
   const int64_t step = std::max<int64_t>(1, kTileRows / layer_.group);
-  int64_t unit = 0, wanted = block_.next[static_cast<size_t>(index_)].fetch_add(1);
+  int64_t unit = 0, next = block_.next[static_cast<size_t>(index_)].fetch_add(1);
   for (const Run& run : block_.runs) {
     for (int64_t first = 0; first < run.count; first += step) {
       for (int64_t g = 0; g < spec_.kv_heads; ++g, ++unit) {
-        if (unit != wanted) continue;
-        tile(run, g, run.first + first, run.first + std::min(first + step, run.count));
-        wanted = block_.next[static_cast<size_t>(index_)].fetch_add(1);
+        if (unit != next) continue;
+        tile(run, g, wanted({run.first + first, run.first + std::min(first + step, run.count)}));
+        next = block_.next[static_cast<size_t>(index_)].fetch_add(1);
       }
     }
   }
 }
 
-void AttentionPass::tile(const Run& run, int64_t g, int64_t first, int64_t last) {
-  const int64_t rows = (last - first) * layer_.group;
+// The tokens from the first to the last whose sums are wanted.
+Product::Range AttentionPass::wanted(Product::Range tokens) const {
+  if (!selected_) return tokens;
+  const auto& all = block_.selected;
+  const auto first = std::lower_bound(all.begin(), all.end(), tokens.first);
+  const auto last = std::lower_bound(first, all.end(), tokens.second);
+  return first == last ? Product::Range{} : Product::Range{*first, *(last - 1) + 1};
+}
+
+void AttentionPass::tile(const Run& run, int64_t g, Product::Range tokens) {
+  const int64_t first = tokens.first, rows = (tokens.second - first) * layer_.group;
+  if (rows == 0) return;
   float *q = worker_.q.get(), *slopes = worker_.slopes.get();
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = first + row / layer_.group, h = g * layer_.group + row % layer_.group;

@@ -67,10 +67,10 @@ struct Decoder::State {
     const Product::Range mine = share(layer.spec.inner, kGrain, thread, pool.threads());
     return {layer.spec.gate_base + mine.first, layer.spec.gate_base + mine.second};
   }
-  void activated(const Layer& layer, int thread, const Inputs& inputs);
-  void attention_residual(const Layer& layer, float* h, float* x, int64_t t);
-  void layer_residual(const Layer& layer, float* h, float* x, int64_t t);
-  void finish(int thread, float* h, float* x, Inputs* inputs, Product::Range mine, float* logits);
+  void activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count);
+  void attention_residual(const Layer& layer, float* h, float* x, int64_t at);
+  void layer_residual(const Layer& layer, float* h, float* x, int64_t at);
+  void finish(int thread, float* h, float* x, Inputs* inputs, Product::Range chosen, float* logits);
   // Where the result is: in y, or x itself where there is no norm.
   const float* norm(const NormSpec& norm, const float* x, float* y) const {
     if (norm.kind == kNoNorm) return x;
@@ -140,11 +140,12 @@ Decoder::State::State(const DecoderSpec& decoder)
 
 void Decoder::State::add_layer(const LayerSpec& layer) {
   const int threads = pool.threads();
+  const bool last = layers.size() + 1 == static_cast<size_t>(spec.n_layers);
   require(layer.heads > 0 && layer.kv_heads > 0 && layer.heads % layer.kv_heads == 0,
           "query heads are no multiple of key/value heads");
   Layer made{layer, Product(layer.qkv, matrices, threads, &slots),
-             Product(layer.out, matrices, threads, &slots), Product(layer.up, matrices, threads, &slots),
-             Product(layer.down, matrices, threads, &slots), layer.heads / layer.kv_heads,
+             Product(layer.out, matrices, threads, &slots, last), Product(layer.up, matrices, threads, &slots, last),
+             Product(layer.down, matrices, threads, &slots, last), layer.heads / layer.kv_heads,
              (layer.head_dim + 15) / 16 * 16};
   const auto within = [&](const HeadsSpec& part, int64_t heads) {
     return part.base >= 0 && part.stride >= 0 &&
@@ -234,11 +235,16 @@ void Decoder::State::run(int thread, float* logits) {
   Worker& worker = workers[static_cast<size_t>(thread)];
   Inputs* inputs = block.solo ? &worker.inputs : &shared;
   float *h = (block.solo ? worker.h : block.h).get(), *x = worker.x.get();
-  const int64_t count = block.count(), hidden = spec.hidden;
-  const auto mine = block.solo ? Product::Range{0, count} : share(count, 1, thread, pool.threads());
+  const auto selected = static_cast<int64_t>(block.selected.size());
+  const int64_t hidden = spec.hidden;
+  const auto of = [&](int64_t count) {
+    return block.solo ? Product::Range{0, count} : share(count, 1, thread, pool.threads());
+  };
+  const auto mine = of(block.count()), chosen = of(selected);
   embed(thread, h, x, inputs, mine);
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
+    const bool last = l + 1 == layers.size();
     for (int64_t t = mine.first; t < mine.second; ++t) {
       if (l > 0) layer_residual(layers[l - 1], h + t * hidden, x, t);
       layer.qkv.load(inputs, norm(layer.spec.attention_in, h + t * hidden, x), t);
@@ -248,43 +254,48 @@ void Decoder::State::run(int thread, float* logits) {
     layer.out.prefetch(layer.out.range(thread));
     pool.barrier();
 
-    AttentionPass attention(layer, static_cast<int64_t>(l), &block, &worker, *kernels, &pool, thread);
+    AttentionPass attention(layer, static_cast<int64_t>(l), last, &block, &worker, *kernels, &pool, thread);
     attention.run();
     pool.barrier();
-    for (int64_t t = mine.first; t < mine.second; ++t) layer.out.load(inputs, attention.collect(t, x), t);
+    if (last && selected == 0) return;
+    // what follows the last layer's keys and values is computed for the tokens that the head will read
+    const auto rows = last ? chosen : mine;
+    const auto token = [&](int64_t at) { return last ? block.selected[static_cast<size_t>(at)] : at; };
+    for (int64_t at = rows.first; at < rows.second; ++at) layer.out.load(inputs, attention.collect(token(at), x), at);
     loaded();
     layer.out.multiply(*inputs, thread, block.delta_attention.get(), block.delta_stride, *kernels);
     layer.up.prefetch(gate_rows(layer, thread));
     pool.barrier();
 
-    for (int64_t t = mine.first; t < mine.second; ++t) {
-      if (!layer.spec.parallel) attention_residual(layer, h + t * hidden, x, t);
-      layer.up.load(inputs, norm(layer.spec.mlp_in, h + t * hidden, x), t);
+    for (int64_t at = rows.first; at < rows.second; ++at) {
+      float* const row = h + token(at) * hidden;
+      if (!layer.spec.parallel) attention_residual(layer, row, x, at);
+      layer.up.load(inputs, norm(layer.spec.mlp_in, row, x), at);
     }
     loaded();
-    activated(layer, thread, *inputs);
+    activated(layer, thread, *inputs, last ? selected : block.count());
     layer.down.prefetch(layer.down.range(thread));
     pool.barrier();
 
     if (!layer.down.loads_columns(*inputs, layer.up)) {
-      for (int64_t t = mine.first; t < mine.second; ++t) {
-        layer.down.load(inputs, block.up.get() + t * block.up_stride, t);
+      for (int64_t at = rows.first; at < rows.second; ++at) {
+        layer.down.load(inputs, block.up.get() + at * block.up_stride, at);
       }
       loaded();
     }
     layer.down.multiply(*inputs, thread, block.delta_mlp.get(), block.delta_stride, *kernels);
-    const Product& next = l + 1 < layers.size() ? layers[l + 1].qkv : head;
+    const Product& next = last ? head : layers[l + 1].qkv;
     next.prefetch(next.range(thread));
     pool.barrier();
   }
-  if (!block.selected.empty()) finish(thread, h, x, inputs, mine, logits);
+  if (selected != 0) finish(thread, h, x, inputs, chosen, logits);
 }
 
-// This thread's share of block.up = activation(gate) * up, or of down's input where it takes columns; of
-// many tokens a slice of rows at a time, so that gate and up are still in the cache when they are activated.
-void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs) {
+// This thread's share of block.up = activation(gate) * up of `count` tokens, or of down's input where it takes
+// columns; of many tokens a slice of rows at a time, so that gate and up are still in the cache when they are activated.
+void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count) {
   const Product::Range mine = gate_rows(layer, thread);
-  const int64_t count = block.count(), between = layer.spec.up_base - layer.spec.gate_base;
+  const int64_t between = layer.spec.up_base - layer.spec.gate_base;
   const int64_t size = count < kSlicedTokens ? mine.second - mine.first : kSlice;
   float *gate = workers[static_cast<size_t>(thread)].gate.get(), *up = layer.spec.gated ? gate + count * size : nullptr;
   const bool direct = layer.down.loads_columns(inputs, layer.up);
@@ -333,48 +344,43 @@ void Decoder::State::embed(int thread, float* h, float* x, Inputs* inputs, Produ
   }
 }
 
-// h = attention_after(h + attention_out(a)); x is scratch
-void Decoder::State::attention_residual(const Layer& layer, float* h, float* x, int64_t t) {
-  kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x), spec.hidden);
+// h = attention_after(h + attention_out(a)), a in row `at`; x is scratch
+void Decoder::State::attention_residual(const Layer& layer, float* h, float* x, int64_t at) {
+  kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + at * block.delta_stride, x), spec.hidden);
   norm(layer.spec.attention_after, h, h);
 }
 
 // h = mlp_after(h + mlp_out(m)), or h + attention_out(a) + mlp_out(m)
-void Decoder::State::layer_residual(const Layer& layer, float* h, float* x, int64_t t) {
+void Decoder::State::layer_residual(const Layer& layer, float* h, float* x, int64_t at) {
   if (layer.spec.parallel) {
-    kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + t * block.delta_stride, x), spec.hidden);
+    kernels->add(h, norm(layer.spec.attention_out, block.delta_attention.get() + at * block.delta_stride, x), spec.hidden);
   }
-  kernels->add(h, norm(layer.spec.mlp_out, block.delta_mlp.get() + t * block.delta_stride, x), spec.hidden);
+  kernels->add(h, norm(layer.spec.mlp_out, block.delta_mlp.get() + at * block.delta_stride, x), spec.hidden);
   if (!layer.spec.parallel) norm(layer.spec.mlp_after, h, h);
 }
 
-void Decoder::State::finish(int thread, float* h, float* x, Inputs* inputs, Product::Range mine,
+void Decoder::State::finish(int thread, float* h, float* x, Inputs* inputs, Product::Range chosen,
                             float* logits) {
-  const auto selected = static_cast<int64_t>(block.selected.size());
-  const auto each = [&](auto&& f) {
-    for (int64_t s = 0; s < selected; ++s) {
-      const int64_t t = block.selected[static_cast<size_t>(s)];
-      if (mine.first <= t && t < mine.second) f(s, t);
-    }
-  };
   const Product& first = output_projection ? output_projection : head;
-  each([&](int64_t s, int64_t t) {
-    float* row = h + t * spec.hidden;
-    if (!layers.empty()) layer_residual(layers.back(), row, x, t);
+  for (int64_t s = chosen.first; s < chosen.second; ++s) {
+    float* row = h + block.selected[static_cast<size_t>(s)] * spec.hidden;
+    if (!layers.empty()) layer_residual(layers.back(), row, x, s);
     first.load(inputs, norm(spec.final_norm, row, x), s);
-  });
+  }
   loaded();
   if (output_projection) {
     output_projection.multiply(*inputs, thread, block.projected.get(), head.cols(), *kernels);
     pool.barrier();
-    each([&](int64_t s, int64_t) { head.load(inputs, block.projected.get() + s * head.cols(), s); });
+    for (int64_t s = chosen.first; s < chosen.second; ++s) {
+      head.load(inputs, block.projected.get() + s * head.cols(), s);
+    }
     loaded();
   }
   head.multiply(*inputs, thread, logits, spec.vocabulary, *kernels);
   if (spec.logit_softcap == 0) return;
   const Product::Range part = head.range(thread);
-  for (int64_t s = 0; s < selected; ++s) {
-    kernels->softcap(logits + s * spec.vocabulary + part.first, part.second - part.first,
+  for (size_t s = 0; s < block.selected.size(); ++s) {
+    kernels->softcap(logits + static_cast<int64_t>(s) * spec.vocabulary + part.first, part.second - part.first,
                      spec.logit_softcap);
   }
 }

@@ -82,9 +82,10 @@ constexpr int64_t kTileRows = 96;  // queries of a tile of a prompt's attention
 // Attention (attention.cpp). All threads call these with the q, k, v of all tokens computed.
 class AttentionPass {
  public:
-  AttentionPass(const Layer& layer, int64_t index, Block* block, Worker* worker,
+  // selected: sums are wanted of the block's selected tokens only.
+  AttentionPass(const Layer& layer, int64_t index, bool selected, Block* block, Worker* worker,
                 const LayerKernels& kernels, Pool* pool, int thread)
-      : layer_(layer), spec_(layer.spec), index_(index), block_(*block), worker_(*worker),
+      : layer_(layer), spec_(layer.spec), index_(index), selected_(selected), block_(*block), worker_(*worker),
         kernels_(kernels), pool_(*pool), thread_(thread) {}
 
   // Writes keys and values to the cache and computes this thread's part of the sums.
@@ -110,7 +111,8 @@ class AttentionPass {
   void plan_parts();
   void run_single();
   void run_tiles();
-  void tile(const Run& run, int64_t g, int64_t first, int64_t last);
+  Product::Range wanted(Product::Range tokens) const;
+  void tile(const Run& run, int64_t g, Product::Range tokens);
   int64_t lowest(int64_t position) const {
     return spec_.window > 0 && position >= spec_.window ? position - spec_.window + 1 : 0;
   }
@@ -118,6 +120,7 @@ class AttentionPass {
   const Layer& layer_;
   const LayerSpec& spec_;
   const int64_t index_;
+  const bool selected_;
   Block& block_;
   Worker& worker_;
   const LayerKernels& kernels_;
