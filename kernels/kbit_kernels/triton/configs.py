@@ -108,8 +108,8 @@ def fits(config: Config, spec: QuantSpec) -> bool:
         weights = 0 if config.ahead else (config.stages - 1) * 2 * warps * spec.bits
         tiles = COLUMNS * (config.stages * 2 * config.rows_x + weights)
         # as compiled: half a register a row of x for the sums, 96 for the rest, more where codes of
-        # 3 and 5 bits are looked up, or many bits wait; beyond, lanes spill
-        rest = 120 if table and spec.bits in (3, 5) else 96
+        # 3, 5 and 7 bits are looked up, or many bits wait; beyond, lanes spill
+        rest = 120 if table and spec.bits in (3, 5, 7) else 96
         if config.ahead:
             usual = 120 if table else 96 + max(0, 4 * (spec.bits - 5))
             rest = AHEAD_REGISTERS.get((kind, spec.bits), usual)
@@ -121,8 +121,8 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     return config.rows_x <= LINEAR_ROWS and (not table or exchanged <= 16 << 10)
 
 
-# gemm_kernel as an H100 liked best, by the rows of x that a program holds: warps, stages, programs a
-# multiprocessor; where weights wait in registers the first that fits
+# gemm_kernel as an H100 liked best, by the rows of x that a program holds: warps, stages, programs
+# a multiprocessor; where weights wait in registers the first that fits
 AHEAD = {16: [(8, 6, 2)], 32: [(16, 4, 1), (8, 4, 2)], 64: [(4, 3, 2)]}
 NOT_AHEAD = {32: [(8, 3, 2)], 64: [(8, 3, 1)]}  # lookups leave no registers for it
 

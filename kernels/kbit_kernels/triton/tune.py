@@ -37,16 +37,16 @@ Shape = tuple[int, int]
 Progress = Callable[[float, int, str], None]  # done, of how many, and what now
 # (warps, stages) of gemm_kernel by the rows of x that a program holds
 GEMMS = {
-    16: ((4, 4), (8, 4), (16, 4)),
-    32: ((4, 3), (8, 3), (8, 4), (16, 3)),
-    64: ((4, 2), (8, 2), (8, 3), (8, 4), (16, 3)),
-    128: ((4, 2), (8, 2)),
+    16: ((4, 4), (8, 4)),
+    32: ((8, 3), (8, 4), (16, 3)),
+    64: ((4, 2), (8, 3), (8, 4), (16, 3)),
+    128: ((8, 2),),
 }
 # ... where the next tile of weights waits in registers
 GEMMS_AHEAD = {
     16: ((4, 6), (8, 6), (16, 6)),
-    32: ((4, 4), (8, 4), (16, 4)),
-    64: ((4, 3), (8, 3), (8, 4), (16, 4)),
+    32: ((8, 4), (16, 4)),
+    64: ((4, 3), (8, 3)),
 }
 SPLITS = (1, 2, 4, 8)
 FEW_REGISTERS = 64  # of a lane: four programs of eight warps fit a multiprocessor
