@@ -222,7 +222,18 @@ static void attend_bf16(const Attend& job) {
   else parts.template run<float>(job);
 }
 
-static const LayerKernels kBf16Layers = {norm,   add,       scale,       activate,               softcap,
+// silu to 2^-12, for what is then rounded to bytes or bf16; NaN stays NaN.
+static inline Vec rough_silu(Vec x) {
+  const Vec low = splat(-88.0f), y = x < low ? low : x;
+  return x * (Vec)_mm512_rcp14_ps((__m512)(splat(1.0f) + rough_exp(-y)));
+}
+
+static void rough_activate(int32_t kind, const float* gate, const float* up, float* out, int64_t n) {
+  if (kind != kSilu) return activate(kind, gate, up, out, n);
+  gated(gate, up, out, n, [](Vec x) { return rough_silu(x); });
+}
+
+static const LayerKernels kBf16Layers = {norm,   add,       scale,       rough_activate,         softcap,
                                          rotate, store_key, store_value, attend_bf16<DotProduct>};
 
 #if defined(KBIT_AMX)
@@ -236,6 +247,6 @@ static void attend_amx(const Attend& job) {
 
 static const LayerKernels kAmxLayers = {norm,   add,       scale,       activate,     softcap,
                                         rotate, store_key, store_value, attend_amx<2>};
-static const LayerKernels kAmxBf16Layers = {norm,   add,       scale,       activate,     softcap,
+static const LayerKernels kAmxBf16Layers = {norm,   add,       scale,       rough_activate, softcap,
                                             rotate, store_key, store_value, attend_amx<1>};
 #endif

@@ -257,8 +257,10 @@ static inline void raise_peak(const Attend& job, int64_t row, int64_t chunk, int
   }
   Vec peaks = load(s);
   for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) peaks = max(load(s + j), peaks);
-  const float before = job.peak[row], here = max_lanes(peaks) * score_factor(job);
-  if (!(here > before + kPeakRoom)) return;
+  const float before = job.peak[row];
+  peaks = peaks * splat(score_factor(job));
+  if (!any_larger(peaks, splat(before + kPeakRoom))) return;
+  const float here = max_lanes(peaks);
   job.peak[row] = here;
   // before the first keys sum and total are 0, and the factor is 0
   const float factor = exp(splat(before) - splat(here))[0];

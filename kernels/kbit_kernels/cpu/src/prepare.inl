@@ -26,8 +26,8 @@ static void load_block(const Input& input, const float* x, int step, X* out, int
     peaks = V::max(V::abs(v), peaks);
     poison = V::fma(v, V::zero(), poison);  // NaN if any value is NaN or infinite
   }
-  const float bad = V::sum(poison), peak = V::peak(peaks);
-  const bool round = bad == 0 && peak > 1e-30f;  // below, 1 / peak may overflow
+  const float peak = V::peak(peaks);
+  const bool round = V::all_zero(poison) && peak > 1e-30f;  // below, 1 / peak may overflow
   const V::F factor = V::set1(round ? static_cast<float>(input.limit) / peak : 0);
   V::I total = V::izero();
   for (int i = 0; i < step; i += V::kFloats) {
@@ -36,7 +36,7 @@ static void load_block(const Input& input, const float* x, int step, X* out, int
     if constexpr (sizeof(X) == 1) V::store8(out + i, rounded);
     else V::store16(out + i, rounded);
   }
-  const float scale = round ? peak / static_cast<float>(input.limit) : bad;
+  const float scale = round ? peak / static_cast<float>(input.limit) : V::sum(poison);
   input.scales[block] = scale;
   input.totals[block] = V::isum(total);
   input.sums[block] = scale * static_cast<float>(input.totals[block]);

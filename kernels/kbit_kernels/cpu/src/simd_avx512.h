@@ -64,6 +64,7 @@ struct V {
   static F abs(F a) { return _mm512_abs_ps(a); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float peak(F a) { return _mm512_reduce_max_ps(a); }
+  static bool all_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0; }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
   static I round(F a) { return _mm512_cvtps_epi32(a); }

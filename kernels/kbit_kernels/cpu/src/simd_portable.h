@@ -76,6 +76,7 @@ struct V {
   static F abs(F a) { for (int i = 0; i < 4; ++i) a[i] = std::fabs(a[i]); return a; }
   static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float peak(F a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
+  static bool all_zero(F a) { return a[0] == 0 && a[1] == 0 && a[2] == 0 && a[3] == 0; }
   static F to_float(I a) { return __builtin_convertvector(a, F); }
   static int32_t isum(I a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static I round(F a) {  // below 2^22

@@ -138,6 +138,21 @@ static inline void store(Half* p, Vec v) {
 #endif
 static inline void put(float* p, float x) { *p = x; }
 
+// Whether any lane of a is larger than b's.
+static inline bool any_larger(Vec a, Vec b) {
+#if KBIT_LANES == 16
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_GT_OQ) != 0;
+#elif defined(KBIT_F16C)
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_GT_OQ)) != 0;
+#else
+  const auto larger = a > b;
+  for (int i = 0; i < kLanes; ++i) {
+    if (larger[i]) return true;
+  }
+  return false;
+#endif
+}
+
 // e^x to 2 ulp, 0 below -87.3, about 2^127 above 88.3; NaN stays NaN.
 static inline Vec exp(Vec x) {
   const Vec low = splat(-87.3f), high = splat(88.3f);
