@@ -215,19 +215,20 @@ def test_threads_and_batches_do_not_change_the_answer(
         assert close(second[b], expected[-1], ROUNDING)
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("name", ["llama", "llama-wide", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("arithmetic", ["float", "int16"])
 def test_the_last_layer_answers_for_the_last_tokens_alone(
     name: str,
     arithmetic: str,
     tiny_model: Callable[[str], Tiny],  # noqa: F811
 ) -> None:
-    """Prompts of several blocks, of which some end in no sequence's last token."""
+    """A short prompt; prompts of several blocks, of which some end in no sequence's last token."""
     executor = native(open_checkpoint(tiny_model(name).path), threads=2, arithmetic=arithmetic)
     texts = [text(count, seed=count) for count in (1200, 1, 30, 0, 95)]
-    last, every = executor.new_cache(5, 1210), executor.new_cache(5, 1210)
+    last, every = executor.new_cache(5, 1220), executor.new_cache(5, 1220)
     tolerance = ROUNDING if arithmetic == "float" else ATTENTION
-    for pieces in (texts, [text(1, seed=b) for b in range(5)]):
+    short = [text(17), *[text(0)] * 4]
+    for pieces in (short, texts, [text(1, seed=b) for b in range(5)]):
         found = executor.forward(pieces, last)
         expected = executor.forward(pieces, every, all_logits=True)
         for piece, few, all_of_them in zip(pieces, found, expected, strict=True):

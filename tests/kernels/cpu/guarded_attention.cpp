@@ -1,6 +1,6 @@
-// Attention of every instruction set over buffers that end right before a page that may not be
-// touched, tile loads and stores among the accesses, held to a plain loop in doubles. Linked with the
-// sources of the layers; the installed library says what the machine has.
+// Attention and silu of every instruction set over buffers that end right before a page that may not
+// be touched, tile loads and stores among the accesses, held to plain loops in doubles. Linked with
+// the sources of the layers; the installed library says what the machine has.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -93,21 +93,48 @@ bool run(const kbit::LayerKernels& kernels, int64_t rows, int64_t head_dim, int3
   return false;
 }
 
+// silu of -100 to 100, infinity and NaN, with and without a factor.
+bool activate(const kbit::LayerKernels& kernels, bool gated, double tolerance) {
+  constexpr int64_t kCount = 403;
+  float *gate = queries.last<float>(kCount), *up = keys.last<float>(kCount), *out = sums.last<float>(kCount);
+  for (int64_t i = 0; i < kCount; ++i) {
+    gate[i] = static_cast<float>(i) / 2 - 100;
+    up[i] = uniform();
+  }
+  gate[401] = HUGE_VALF, gate[402] = std::nanf("");
+  kernels.activate(kbit::kSilu, gate, gated ? up : nullptr, out, kCount);
+  const double factor = gated ? up[401] : 1;
+  bool good = std::isnan(out[402]) && out[401] == factor * HUGE_VAL;
+  for (int64_t i = 0; i < 401; ++i) {
+    const double x = gate[i], expected = x / (1 + std::exp(-x)) * (gated ? up[i] : 1);
+    good = good && std::fabs(out[i] - expected) <= tolerance * std::fabs(expected) + 1e-30;
+  }
+  if (!good) std::printf("wrong: silu to %g\n", tolerance);
+  return good;
+}
+
 }  // namespace
 
 int main() {
   const struct {
     kbit::Isa isa;
     const kbit::LayerKernels* kernels;
-    double tolerance;
-  } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5}, {kbit::kAvx2, kbit::avx2_layers, 1e-5},
-              {kbit::kAvx512, kbit::avx512_layers, 1e-5}, {kbit::kAvx512, kbit::avx512_bf16_layers, 4e-3},
-              {kbit::kAmx, kbit::amx_layers, 1e-4},
-              {kbit::kAmx, kbit::amx_bf16_layers, 4e-3}, {kbit::kNeon, kbit::neon_layers, 1e-5}};
+    double tolerance, silu;
+  } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5, 1e-6},
+              {kbit::kAvx2, kbit::avx2_layers, 1e-5, 1e-6},
+              {kbit::kAvx512, kbit::avx512_layers, 1e-5, 1e-6},
+              {kbit::kAvx512, kbit::avx512_bf16_layers, 4e-3, 0x1p-12},
+              {kbit::kAmx, kbit::amx_layers, 1e-4, 1e-6},
+              {kbit::kAmx, kbit::amx_bf16_layers, 4e-3, 0x1p-12},
+              {kbit::kNeon, kbit::neon_layers, 1e-5, 1e-6}};
   long cases = 0, wrong = 0;
   for (const auto& set : sets) {
     if (!kbit_isa_available(set.isa)) continue;
     if (set.kernels == kbit::avx512_bf16_layers && !kbit_has_avx512_bf16()) continue;
+    for (bool gated : {false, true}) {
+      ++cases;
+      wrong += !activate(*set.kernels, gated, set.silu);
+    }
     for (int64_t head_dim : {2, 16, 40, 64, 80, 128, 256, 264}) {
       for (int64_t rows : {1, 3, 4, 9, 16, 17, 31, 96}) {
         for (int32_t type : {kbit::kCacheFp32, kbit::kCacheFp16}) {

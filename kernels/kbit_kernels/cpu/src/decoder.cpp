@@ -67,6 +67,10 @@ struct Decoder::State {
     const Product::Range mine = share(layer.spec.inner, kGrain, thread, pool.threads());
     return {layer.spec.gate_base + mine.first, layer.spec.gate_base + mine.second};
   }
+  // Rows that `activated` takes at once of `count` tokens, at most.
+  int64_t slice(int64_t count) const {
+    return count < kSlicedTokens ? (block.up_stride / kGrain / pool.threads() + 2) * kGrain : kSlice;
+  }
   void activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count);
   void attention_residual(const Layer& layer, float* h, float* x, int64_t at);
   void layer_residual(const Layer& layer, float* h, float* x, int64_t at);
@@ -140,7 +144,7 @@ Decoder::State::State(const DecoderSpec& decoder)
 
 void Decoder::State::add_layer(const LayerSpec& layer) {
   const int threads = pool.threads();
-  const bool last = layers.size() + 1 == static_cast<size_t>(spec.n_layers);
+  const bool last = layers.size() + 1 == static_cast<size_t>(spec.n_layers);  // for selected tokens, see run
   require(layer.heads > 0 && layer.kv_heads > 0 && layer.heads % layer.kv_heads == 0,
           "query heads are no multiple of key/value heads");
   Layer made{layer, Product(layer.qkv, matrices, threads, &slots),
@@ -208,8 +212,9 @@ void Decoder::State::prepare() {
   block.delta_attention.room(count * block.delta_stride);
   block.delta_mlp.room(count * block.delta_stride);
   block.h.room(count * spec.hidden);
-  const int64_t slice = count < kSlicedTokens ? (block.up_stride / kGrain / threads + 2) * kGrain : kSlice;
-  for (Worker& worker : workers) worker.gate.room(2 * count * slice);
+  const auto selected = static_cast<int64_t>(block.selected.size());
+  const int64_t gate = std::max(count * slice(count), selected * slice(selected));
+  for (Worker& worker : workers) worker.gate.room(2 * gate);
   if (block.single) {
     int64_t floats = 0;
     for (const Layer& layer : layers) {
@@ -217,7 +222,6 @@ void Decoder::State::prepare() {
     }
     block.partials.room(floats);
   }
-  const auto selected = static_cast<int64_t>(block.selected.size());
   if (output_projection) block.projected.room(selected * head.cols());
   const auto arithmetic = static_cast<Arithmetic>(spec.arithmetic);
   for (int64_t i = 0; i < (block.solo ? threads : 1); ++i) {
@@ -237,10 +241,10 @@ void Decoder::State::run(int thread, float* logits) {
   float *h = (block.solo ? worker.h : block.h).get(), *x = worker.x.get();
   const auto selected = static_cast<int64_t>(block.selected.size());
   const int64_t hidden = spec.hidden;
-  const auto of = [&](int64_t count) {
+  const auto share_of = [&](int64_t count) {
     return block.solo ? Product::Range{0, count} : share(count, 1, thread, pool.threads());
   };
-  const auto mine = of(block.count()), chosen = of(selected);
+  const auto mine = share_of(block.count()), chosen = share_of(selected);
   embed(thread, h, x, inputs, mine);
   for (size_t l = 0; l < layers.size(); ++l) {
     const Layer& layer = layers[l];
@@ -295,8 +299,7 @@ void Decoder::State::run(int thread, float* logits) {
 // columns; of many tokens a slice of rows at a time, so that gate and up are still in the cache when they are activated.
 void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count) {
   const Product::Range mine = gate_rows(layer, thread);
-  const int64_t between = layer.spec.up_base - layer.spec.gate_base;
-  const int64_t size = count < kSlicedTokens ? mine.second - mine.first : kSlice;
+  const int64_t between = layer.spec.up_base - layer.spec.gate_base, size = slice(count);
   float *gate = workers[static_cast<size_t>(thread)].gate.get(), *up = layer.spec.gated ? gate + count * size : nullptr;
   const bool direct = layer.down.loads_columns(inputs, layer.up);
   for (int64_t first = mine.first; first < mine.second; first += size) {
@@ -379,8 +382,9 @@ void Decoder::State::finish(int thread, float* h, float* x, Inputs* inputs, Prod
   head.multiply(*inputs, thread, logits, spec.vocabulary, *kernels);
   if (spec.logit_softcap == 0) return;
   const Product::Range part = head.range(thread);
-  for (size_t s = 0; s < block.selected.size(); ++s) {
-    kernels->softcap(logits + static_cast<int64_t>(s) * spec.vocabulary + part.first, part.second - part.first,
+  const auto selected = static_cast<int64_t>(block.selected.size());
+  for (int64_t s = 0; s < selected; ++s) {
+    kernels->softcap(logits + s * spec.vocabulary + part.first, part.second - part.first,
                      spec.logit_softcap);
   }
 }

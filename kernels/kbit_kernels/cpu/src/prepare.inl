@@ -233,7 +233,7 @@ static inline Meaning meaning(int width, const Matrix& m) {
     }
     if (width == 16) factor = m.tables->wide_scale;
   } else {
-    const int half = 1 << (t.bits - 1);
+    const int half = t.bits > 0 ? 1 << (t.bits - 1) : 0;  // floats have none
     center = static_cast<float>(width == 8 ? V::center8(t.bits) : width == 16 ? 0 : half);
     if (t.storage == kInt) center -= static_cast<float>(half);
   }
