@@ -99,7 +99,7 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
     for more, which it does for what it counts itself; it does not count the 32 KB of table that
     inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
-    sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB."""
+    sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB, or beside no table."""
     warps = config.warps_n * config.warps_k
     kind = scheme_of(spec).kind
     table = (32 << 10) if kind == "table" else 0
@@ -115,8 +115,8 @@ def fits(config: Config, spec: QuantSpec) -> bool:
             rest = AHEAD_REGISTERS.get((kind, spec.bits), usual)
         registers = config.rows_x // 2 + rest <= (64 << 10) // (32 * warps)
         one_each = config.bands == config.warps_k == 1
-        asked = tiles > (48 << 10) or (config.ahead and not table)
-        return one_each and registers and asked and tiles <= (224 << 10) - table
+        granted = tiles > (48 << 10) or not table
+        return one_each and registers and granted and tiles <= (224 << 10) - table
     exchanged = warps * ROWS * config.bands * config.rows_x * 4
     return config.rows_x <= LINEAR_ROWS and (not table or exchanged <= 16 << 10)
 

@@ -37,6 +37,26 @@ def test_help_and_version_import_nothing_heavy() -> None:
         assert "generate" in done.stdout or kbit.__version__ in done.stdout
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_numpy_is_first_imported_where_its_threads_are_held_back(command: str) -> None:
+    code = (
+        "import os, sys\n"
+        "from kbit.cli import options\n"
+        "import_numpy = options.import_numpy\n"
+        "def checked():\n"
+        "    assert 'numpy' not in sys.modules\n"
+        "    import_numpy()\n"
+        "    assert 'numpy' in sys.modules and 'OPENBLAS_NUM_THREADS' not in os.environ\n"
+        "    raise SystemExit(7)\n"
+        "options.import_numpy = checked\n"
+        "from kbit.cli.main import main\n"
+        f"main(['{command}', 'nowhere'])\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "OPENBLAS_NUM_THREADS"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment)
+    assert done.returncode == 7, done.stderr
+
+
 def test_help_lists_every_command_with_its_docstring(run: Run) -> None:
     told = run("--help")
     assert told.status == 0
