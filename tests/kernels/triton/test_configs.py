@@ -85,7 +85,7 @@ def test_a_tuned_entry_that_a_table_has_no_room_for(cache: Path) -> None:
 def test_the_rule_fits_in_shared_memory(gpu: str) -> None:
     sms = configs.SHIPPED_CLASSES[gpu]
     for bits in range(2, 9):
-        for spec in (QuantSpec("nf", bits), QuantSpec("int", bits)):
+        for spec in (QuantSpec(name, bits) for name in ("int", "uint", "fp", "nf")):
             for n, k in configs.SHIPPED_SHAPES:
                 for rows in configs.ROW_BUCKETS:
                     config = configs.heuristic(spec, rows, n, k, gpu, sms)
