@@ -99,8 +99,8 @@ def fits(config: Config, spec: QuantSpec) -> bool:
     """Whether `spec` can be launched so. A program gets 48 KB of shared memory unless Triton asks
     for more, which it does for what it counts itself; it does not count the 32 KB of table that
     inline PTX declares. The rest holds what warps exchange at the end: with triton 3.6 the fp32
-    sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB, or there is no table
-    beside them."""
+    sums of all of them, with 3.9 less. gemm_kernel's tiles are more than 48 KB, or beside
+    no table."""
     warps = config.warps_n * config.warps_k
     kind = scheme_of(spec).kind
     table = (32 << 10) if kind == "table" else 0
