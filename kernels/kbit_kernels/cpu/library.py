@@ -19,7 +19,7 @@ from kbit_kernels.errors import KbitError
 from kbit_kernels.tensor import SCALE_CODEBOOK, QuantizedTensor
 
 LIBRARY = Path(__file__).with_name("_native.so")
-ABI = 4  # kAbi of src/kbit.h
+ABI = 5  # kAbi of src/kbit.h
 Isa = Literal["portable", "avx2", "avxvnni", "avx512", "amx", "neon"]
 Arithmetic = Literal["float", "int8", "int16", "bf16"]
 # in the order of the enums of src/kbit.h
@@ -152,6 +152,7 @@ def load() -> ctypes.CDLL:
     signatures: dict[str, tuple[Any, Sequence[Any]]] = {
         "kbit_best_isa": (c_int32, []),
         "kbit_isa_available": (c_int32, [c_int32]),
+        "kbit_multiply_sums": (c_int32, [c_int32]),
         "kbit_tensor_bytes": (c_int64, []),
         "kbit_pool_new": (c_void_p, [c_int32, error]),
         "kbit_pool_free": (None, [c_void_p]),

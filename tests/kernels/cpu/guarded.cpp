@@ -18,6 +18,7 @@ struct Error {
 };
 extern "C" {
 int32_t kbit_isa_available(int32_t isa);
+int32_t kbit_multiply_sums(int32_t on);
 kbit::Pool* kbit_pool_new(int32_t threads, Error* error);
 void kbit_pool_free(kbit::Pool* pool);
 kbit::Matrix* kbit_matrix_new(const kbit::Tensor* tensor, int32_t isa, Error* error);
@@ -124,7 +125,9 @@ bool run(const Case& c, kbit::Pool* pool) {
   float* x = inputs.last<float>(tokens * cols);
   for (size_t i = 0; i < tokens * cols; ++i) x[i] = uniform();
   float* y = outputs.last<float>(tokens * rows);
-  for (int arithmetic = 0; arithmetic < 3; ++arithmetic) {
+  for (int kind = 0; kind < 4; ++kind) {
+    const int arithmetic = kind < 3 ? kind : kbit::kInt16;
+    kbit_multiply_sums(kind == 3);
     const double tolerance = arithmetic == 0 ? 1e-5 : arithmetic == 1 ? 1e-2 : 3e-4;
     std::memset(y, 0xff, tokens * rows * sizeof(float));  // NaN
     kbit_linear(matrix, pool, arithmetic, x, c.tokens, nullptr, y, &error);

@@ -102,6 +102,38 @@ def test_rows_longer_than_a_span_of_scales(isa: Isa, pool: Pool, spec: str) -> N
         check(tensor, x, isa, pool, library.ARITHMETICS)
 
 
+@settings(max_examples=60, deadline=None)
+@example(spec=QuantSpec.parse("int8-b64"), rows=33, columns=131, tokens=8, flat=True, seed=0)
+@example(spec=QuantSpec.parse("nf8-b16"), rows=33, columns=131, tokens=8, flat=True, seed=0)
+@given(
+    spec=specs(),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 1400),
+    tokens=st.integers(5, 20),
+    flat=st.booleans(),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_of_sums_are_exact(
+    spec: QuantSpec, rows: int, columns: int, tokens: int, flat: bool, seed: int
+) -> None:
+    """With half the multiplications sums are the same; `flat`: at the ends of what 16 bits hold."""
+    rng = np.random.default_rng(seed)
+    weights = rng.standard_normal((rows, columns)).astype(np.float32)
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    if flat:
+        weights, x = np.sign(weights), np.sign(x)
+    tensor = quantize(weights, spec)
+    native = library.load()
+    for isa in filter(library.isa_available, library.ISAS):
+        matrix = Matrix(tensor, isa)
+        found = []
+        for on in (0, 1):
+            before = native.kbit_multiply_sums(on)
+            found.append(matrix.linear(x, arithmetic="int16", pool=library.default_pool()))
+            native.kbit_multiply_sums(before)
+        assert np.array_equal(found[0], found[1]), (str(spec), isa)
+
+
 def test_every_float_format(isa: Isa, pool: Pool) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 96)).astype(np.float32)

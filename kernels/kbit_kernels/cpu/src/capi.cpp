@@ -46,6 +46,12 @@ KBIT_API int32_t kbit_isa_available(int32_t isa) {
   return kbit::isa_available(static_cast<kbit::Isa>(isa));
 }
 KBIT_API int32_t kbit_has_avx512_bf16() { return kbit::has_avx512_bf16(); }
+// For tests: inputs shaped from now on multiply sums, or don't. Whether they did before.
+KBIT_API int32_t kbit_multiply_sums(int32_t on) {
+  const bool before = kbit::multiply_sums;
+  kbit::multiply_sums = on != 0;
+  return before;
+}
 KBIT_API int64_t kbit_tensor_bytes() { return sizeof(kbit::Tensor); }
 
 KBIT_API kbit::Pool* kbit_pool_new(int32_t threads, Error* error) {

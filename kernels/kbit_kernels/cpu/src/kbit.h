@@ -12,7 +12,7 @@ namespace kbit {
 
 // Raised with every change of the C ABI, its enums and structs: Python asks for it, because a library
 // that an older checkout built stays where it is.
-constexpr int32_t kAbi = 4;
+constexpr int32_t kAbi = 5;
 
 // How a matrix is stored. The numbers are part of the C ABI.
 enum Storage : int32_t {
@@ -128,13 +128,14 @@ class Input {
   bool digits = false;         // a single token's 16-bit values as two planes of bytes, the upper first
   bool fine = false;           // a single token's bytes have a scale for each lane of a product, in `lanes`
   bool pieces = false;         // tokens' bytes have a scale for each piece of a block, in `lanes`
+  bool summed = false;         // tokens' 16-bit values are for products of sums (see Tile)
   bool panels = false;         // for AMX: bf16, or (kInt16) two planes of bytes a token; see amx.inl
   void* values = nullptr;      // [T, padded] float, int8_t, 16 bits or two bytes
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T, blocks], integers only; 1 where there are `lanes`
   float* lanes = nullptr;      // fine: a vector for each vector of sums of a row; pieces: [T, blocks, kPieces]
   float* sums = nullptr;       // [T, blocks], of the values as they were rounded
-  int32_t* totals = nullptr;   // [T, blocks], of the integers themselves
+  int32_t* begins = nullptr;   // [T, blocks], what sums of integers begin with (see Tile)
   float* outliers = nullptr;   // [T, J]: the values of the outlier columns, which are 0 above
 
  private:

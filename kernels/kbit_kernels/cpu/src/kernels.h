@@ -40,6 +40,7 @@ struct Kernels {
   // kBf16Prompt: they add less than 2 percent to the weights' own error there
   // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
+  bool sums;  // whether tiles of 16 bits may multiply sums (Input::summed)
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits and with codebooks of up to `byte_codebook_bits`, else 16-bit ones.
@@ -64,6 +65,7 @@ constexpr int kNarrowLimit = 127;     // int8 weights and inputs
 constexpr int slim_limit(int bits) { return bits == 2 ? 31 : 63; }
 constexpr int kWideWeights = 4095;    // int16 codebook values ...
 constexpr int kWideInputs = 8191;     // ... times int16 inputs
+constexpr int kWordInputs = 32767 - 255;  // times codes; so that a code may be added
 constexpr int kDigitInputs = 127 * 257;  // inputs in two bytes, each with its sign
 constexpr int kNarrowEntries = 16;    // larger codebooks take 16-bit values and inputs
 
@@ -84,6 +86,10 @@ constexpr int64_t kCodesAhead = 2048, kScalesAhead = 1024;
 // Whether a single token's codes are better asked for past the second-level cache: measured on AMD's
 // Zen 5, where decoding is 1.1 times as fast; two steps, the first into that cache, on Intel's Xeon.
 extern const bool kPastSecondLevel;
+
+// Whether tiles of 16 bits multiply sums where they can: on AMD's processors, which add on four vector
+// pipes and multiply on two. Intel's add 512 bits on the two that multiply. Tests try both.
+extern bool multiply_sums;
 
 // In which order the bytes of a single token's inputs lie, so that the fields of a whole vector of a
 // plane meet theirs: 0 natural, 1 and 2 as fields of 4 and 2 bits come out of it, 3 as both halves of

@@ -145,6 +145,7 @@ bool is_amd() { return false; }
 }  // namespace
 
 const bool kPastSecondLevel = is_amd();
+bool multiply_sums = is_amd();
 
 bool has_avx512_bf16() { return isa_available(kAvx512) && has_vectors_of(5); }
 
@@ -267,32 +268,16 @@ Layout layout_of(const Matrix& matrix, int32_t width, int64_t tokens) {
 
 int32_t input_limit(const Matrix& matrix, int32_t width, bool digits) {
   if (width == 8) return kNarrowLimit;
-  return digits ? kDigitInputs : matrix.tensor.storage == kCodebook ? kWideInputs : 32767;
+  return digits ? kDigitInputs : matrix.tensor.storage == kCodebook ? kWideInputs : kWordInputs;
 }
 
 }  // namespace
 
 bool Matrix::same_input(const Matrix& other) const {
   const Tensor &a = tensor, &b = other.tensor;
-  if (a.cols != b.cols || isa != other.isa || plain() != other.plain() || step != other.step ||
-      a.n_outliers != b.n_outliers) {
-    return false;
-  }
-  if (plain()) return true;
-  for (Arithmetic arithmetic : {kInt8, kInt16, kBf16Prompt}) {
-    for (int64_t tokens : {int64_t{1}, kernels->tile_tokens, kernels->amx_tokens}) {
-      const int32_t width = input_width(*this, arithmetic, tokens);
-      if (width != input_width(other, arithmetic, tokens) ||
-          input_limit(*this, width, false) != input_limit(other, width, false) ||
-          input_fine(*this, arithmetic, tokens) != input_fine(other, arithmetic, tokens) ||
-          input_pieces(*this, arithmetic, tokens) != input_pieces(other, arithmetic, tokens)) {
-        return false;
-      }
-      const Layout mine = layout_of(*this, width, tokens), its = layout_of(other, width, tokens);
-      if (mine.order != its.order || mine.digits != its.digits) return false;
-    }
-  }
-  return std::equal(a.outlier_columns, a.outlier_columns + a.n_outliers, b.outlier_columns);
+  return a.cols == b.cols && isa == other.isa && a.storage == b.storage && a.bits == b.bits && step == other.step &&
+         (a.means != nullptr) == (b.means != nullptr) && a.n_outliers == b.n_outliers &&
+         std::equal(a.outlier_columns, a.outlier_columns + a.n_outliers, b.outlier_columns);
 }
 
 Input::~Input() { std::free(memory_); }
@@ -308,6 +293,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   limit = input_limit(for_matrix, width, digits);
   fine = input_fine(for_matrix, arithmetic, count);
   pieces = input_pieces(for_matrix, arithmetic, count);
+  summed = multiply_sums && for_matrix.kernels->sums && width == 16 && !panels && count >= for_matrix.kernels->tile_tokens;
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
@@ -329,7 +315,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   values = at;
   scales = reinterpret_cast<float*>(at + values_bytes);
   sums = reinterpret_cast<float*>(at + values_bytes + block_bytes);
-  totals = reinterpret_cast<int32_t*>(at + values_bytes + 2 * block_bytes);
+  begins = reinterpret_cast<int32_t*>(at + values_bytes + 2 * block_bytes);
   lanes = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes);
   outliers = reinterpret_cast<float*>(at + values_bytes + 3 * block_bytes + lane_bytes);
 }

@@ -17,9 +17,39 @@ static constexpr int chunk_of(int order) { return order ? V::kCodes << order : k
 
 static inline int log2_of(int power) { return __builtin_ctz(static_cast<unsigned>(power)); }
 
-// Rounds one block of a token to integers.
+// How the integers or floats that a recoder makes of codes become weights:
+// weight = (made + center - zero) * factor * scale + mean.
+struct Meaning {
+  float factor, center;
+  bool offset;  // whether anything is added to made * factor * scale
+};
+
+static inline Meaning meaning(int width, const Matrix& m) {
+  const Tensor& t = m.tensor;
+  float factor = 1, center = 0;
+  if (t.storage == kCodebook) {
+    if (width == 8) {
+      factor = V::slim(t.bits) ? m.tables->slim_scale : m.tables->narrow_scale;
+      center = static_cast<float>(-V::bias8(t.bits));
+    }
+    if (width == 16) factor = m.tables->wide_scale;
+  } else {
+    const int half = t.bits > 0 ? 1 << (t.bits - 1) : 0;  // floats have none
+    center = static_cast<float>(width == 8 ? V::center8(t.bits) : width == 16 ? 0 : half);
+    if (t.storage == kInt) center -= static_cast<float>(half);
+  }
+  return {factor, center, center != 0 || t.zeros != nullptr || t.means != nullptr};
+}
+
+// What sums of a tile add to every integer weight; 0 where `offset` differs from block to block.
+static inline int32_t common_center(int width, const Matrix& m) {
+  if (m.tensor.zeros != nullptr || m.tensor.means != nullptr) return 0;
+  return static_cast<int32_t>(meaning(width, m).center);
+}
+
+// Rounds one block of a token to integers. center: common_center.
 template <class X>
-static void load_block(const Input& input, const float* x, int step, X* out, int64_t block) {
+static void load_block(const Input& input, const float* x, int step, int32_t center, X* out, int64_t block) {
   V::F peaks = V::zero(), poison = V::zero();
   for (int i = 0; i < step; i += V::kFloats) {
     const V::F v = V::load(x + i);
@@ -38,8 +68,9 @@ static void load_block(const Input& input, const float* x, int step, X* out, int
   }
   const float scale = round ? peak / static_cast<float>(input.limit) : V::sum(poison);
   input.scales[block] = scale;
-  input.totals[block] = V::isum(total);
-  input.sums[block] = scale * static_cast<float>(input.totals[block]);
+  const int32_t sum = V::isum(total);
+  input.sums[block] = scale * static_cast<float>(sum);
+  input.begins[block] = center * sum;
 }
 
 // Rounds one block of a token to bytes with a scale for each lane of a product, which sums 4 columns of
@@ -166,6 +197,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
   const Tensor& t = input.matrix->tensor;
   const int step = input.matrix->step;
   const Lanes places(t);
+  const int32_t center = input.width == 32 ? 0 : common_center(input.width, *input.matrix);
   alignas(64) float room[kColumns];
   alignas(64) int8_t bytes[2][kColumns];
   alignas(64) int16_t words[kColumns];
@@ -174,7 +206,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
     const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
     std::memset(input.scales + token * input.blocks, 0, block_bytes);
     std::memset(input.sums + token * input.blocks, 0, block_bytes);
-    std::memset(input.totals + token * input.blocks, 0, block_bytes);
+    std::memset(input.begins + token * input.blocks, 0, block_bytes);
     for (int64_t col = 0; col < input.padded; col += kColumns) {
       const int64_t padded = least(kColumns, input.padded - col);
       const float* staged = stage(input, x + token * stride, token, col, padded, outlier, room);
@@ -188,10 +220,14 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
             continue;
           }
           if (input.pieces) load_pieces(input, staged + i, out + i, block);
-          else load_block(input, staged + i, step, out + i, block);
+          else load_block(input, staged + i, step, center, out + i, block);
         } else if (input.width == 16) {
           int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;
-          load_block(input, staged + i, step, out + i, block);
+          load_block(input, staged + i, step, center, out + i, block);
+          if (V::kSums && input.summed) {
+            const uint32_t begin = static_cast<uint32_t>(input.begins[block]);
+            input.begins[block] = static_cast<int32_t>(begin - static_cast<uint32_t>(V::cross(out + i, step)));
+          }
         } else {
           V::F total = V::zero();
           for (int j = 0; j < step; j += V::kFloats) {
@@ -214,30 +250,6 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
       }
     }
   }
-}
-
-// How the integers or floats that a recoder makes of codes become weights:
-// weight = (made + center - zero) * factor * scale + mean.
-struct Meaning {
-  float factor, center;
-  bool offset;  // whether anything is added to made * factor * scale
-};
-
-static inline Meaning meaning(int width, const Matrix& m) {
-  const Tensor& t = m.tensor;
-  float factor = 1, center = 0;
-  if (t.storage == kCodebook) {
-    if (width == 8) {
-      factor = V::slim(t.bits) ? m.tables->slim_scale : m.tables->narrow_scale;
-      center = static_cast<float>(-V::bias8(t.bits));
-    }
-    if (width == 16) factor = m.tables->wide_scale;
-  } else {
-    const int half = t.bits > 0 ? 1 << (t.bits - 1) : 0;  // floats have none
-    center = static_cast<float>(width == 8 ? V::center8(t.bits) : width == 16 ? 0 : half);
-    if (t.storage == kInt) center -= static_cast<float>(half);
-  }
-  return {factor, center, center != 0 || t.zeros != nullptr || t.means != nullptr};
 }
 
 // fp32 values of groups [first, first + count) of a row; up to kFloats - 1 more are overwritten.

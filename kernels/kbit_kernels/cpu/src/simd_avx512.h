@@ -491,6 +491,24 @@ struct V {
     asm("vpdpwssd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));
     return acc;
   }
+  static constexpr bool kSums = true;
+  // With registers of its own choice gcc spills, though two are left.
+  static I tile_sums(I acc, I w, I next_w, I x, I next_x) {
+    asm("vpaddw %[x], %[next_w], %%zmm30\n\tvpaddw %[next_x], %[w], %%zmm31\n\tvpdpwssd %%zmm31, %%zmm30, %[acc]"
+        : [acc] "+v"(acc)
+        : [w] "v"(w), [next_w] "v"(next_w), [x] "v"(x), [next_x] "v"(next_x)
+        : "xmm30", "xmm31");
+    return acc;
+  }
+  static int32_t cross(const int16_t* x, int n) {
+    __m256i sum = _mm256_setzero_si256();
+    for (int i = 0; i < n; i += 16) {
+      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+      sum = _mm256_dpwssd_epi32(sum, v, _mm256_shuffle_epi32(v, 0xb1));
+    }
+    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_unpackhi_epi64(half, half)));  // odd lanes repeat the even ones
+  }
   static I tile8(I acc, I w, I x) {
     asm("vpdpbusd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));
     return acc;

@@ -8,6 +8,8 @@
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
 //   tile16, tile8 sums of 32-bit lanes += 2 columns (tile8: 4) of vectors of rows times a token's
+//   tile_sums     with kSums: sums += (w + next_x) (next_w + x) in lanes of 16 bits
+//   cross         with kSums: of a token's block, the sum of every word times the one beside it, modulo 2^32
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
 //                 bytes, `fine`: of bytes with a scale for every lane of dot8 (which then sums 4);
 //                 chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
@@ -238,6 +240,9 @@ struct V {
   static I pair8(I, I) { return izero(); }
   static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
+  static constexpr bool kSums = false;
+  static I tile_sums(I acc, I, I, I, I) { return acc; }
+  static int32_t cross(const int16_t*, int) { return 0; }
   static I tile16(I acc, I w, I x) {
     int16_t a[8], b[8];
     std::memcpy(a, &w, sizeof a);

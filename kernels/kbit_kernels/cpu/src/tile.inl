@@ -114,6 +114,12 @@ static Decode<WIDTH> decode_of(const Matrix& m) {
                                        : decode_of<WIDTH, false>(m.tensor.bits);
 }
 
+// How a tile's products are made: of blocks, of pieces of blocks (Input::pieces), or of sums of weights and
+// inputs (Input::summed). The latter need half the multiplications (S. Winograd, A new algorithm for inner
+// products, 1968): w0 x0 + w2 x2 = (x0 + w2)(x2 + w0) - x0 x2 - w0 w2, and what is subtracted belongs to a
+// token or a row alone. All of it holds modulo 2^32; the limits of inputs see to it that w + x fits 16 bits.
+enum Way { kOfBlocks, kOfPieces, kOfSums };
+
 template <int WIDTH>
 struct Tile {
   using E = Element<WIDTH>;
@@ -124,6 +130,7 @@ struct Tile {
 
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
+  alignas(64) uint32_t minus_cross[WIDTH == 16 && V::kSums ? kColumns / 16 : 1][kTileRows];  // of blocks of weights, see Way
   alignas(64) E staged[kTileRows][kColumns];
   int32_t center;  // what made codes lack, where it is the same in all blocks
 
@@ -156,6 +163,22 @@ struct Tile {
       }
     }
     transpose((columns + V::kFloats * kWord - 1) / (V::kFloats * kWord) * (V::kFloats * kWord));
+  }
+
+  void cross_weights(int columns, int step) {
+    for (int b = 0; b * step < columns; ++b) {
+      for (int r = 0; r < kTileRows; r += V::kFloats) {
+        V::I sum = V::izero();
+        for (int k = b * step; k < (b + 1) * step; k += 2 * kWord) {
+          V::I w[2];
+          std::memcpy(&w[0], weights + k * kTileRows + r * kWord, sizeof w[0]);
+          std::memcpy(&w[1], weights + (k + kWord) * kTileRows + r * kWord, sizeof w[1]);
+          sum = V::tile16(sum, w[0], w[1]);
+        }
+        std::memcpy(minus_cross[b] + r, &sum, sizeof sum);
+      }
+      for (uint32_t& sum : minus_cross[b]) sum = -sum;
+    }
   }
 
   // Outlier columns [column, column + columns) as a tile of floats.
@@ -212,6 +235,28 @@ struct Tile {
     }
   }
 
+  // dot += columns [begin, end) times T tokens, as products of sums.
+  template <int T>
+  static inline __attribute__((always_inline)) void dots_of_sums(const E* weights, const X* const (&x)[T], int begin,
+                                                                 int end, V::I (&dot)[T][kV]) {
+    for (int k = begin; k < end; k += 2 * kWord) {
+      V::I first[kV], second[kV];
+      KBIT_UNROLL
+      for (int v = 0; v < kV; ++v) {
+        std::memcpy(&first[v], weights + k * kTileRows + v * V::kFloats * kWord, sizeof first[v]);
+        std::memcpy(&second[v], weights + (k + kWord) * kTileRows + v * V::kFloats * kWord, sizeof second[v]);
+      }
+      KBIT_UNROLL
+      for (int t = 0; t < T; ++t) {
+        const V::I one = V::broadcast(x[t] + k), two = V::broadcast(x[t] + k + kWord);
+        KBIT_UNROLL
+        for (int v = 0; v < kV; ++v) {
+          dot[t][v] = V::tile_sums(dot[t][v], first[v], second[v], one, two);
+        }
+      }
+    }
+  }
+
   // dot = the columns of a piece of the block from column k on, times T tokens.
   template <int T>
   static inline __attribute__((always_inline)) void piece(const E* weights, const X* const (&x)[T], int k,
@@ -236,9 +281,8 @@ struct Tile {
   }
 
   // y += the tile times tokens [token, token + T), x from the tile's first column on. OFFSETS: what is
-  // added to a weight differs from block to block; else it is `center`, which the sums begin with.
-  // PIECES: see Input.
-  template <int T, bool OFFSETS, bool PIECES>
+  // added to a weight differs from block to block; else it is `center`, in what the sums begin with.
+  template <int T, bool OFFSETS, Way WAY>
   void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
                int columns, float* y, int64_t stride, int rows, bool fresh) const {
     V::F acc[T][kV];
@@ -256,7 +300,7 @@ struct Tile {
     const X* at[T];
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) at[t] = x + (token + t) * x_stride;
-    if constexpr (PIECES) {
+    if constexpr (WAY == kOfPieces) {
       const int64_t first = token * in.blocks + block;
       for (int b = 0; b * kStep < columns; ++b) {
         V::F sums[T][kV];
@@ -308,11 +352,16 @@ struct Tile {
         V::I dot[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const V::I begin = OFFSETS ? V::izero() : V::iset1(center * in.totals[first + t * in.blocks + b]);
+          const V::I begin = V::broadcast(in.begins + first + t * in.blocks + b);
           KBIT_UNROLL
-          for (int v = 0; v < kV; ++v) dot[t][v] = begin;
+          for (int v = 0; v < kV; ++v) {
+            V::I rest = V::izero();
+            if constexpr (WAY == kOfSums) std::memcpy(&rest, minus_cross[b] + v * V::kFloats, sizeof rest);
+            dot[t][v] = V::iadd(begin, rest);
+          }
         }
-        dots<T>(weights, at, b * step, (b + 1) * step, pairs, dot);
+        if constexpr (WAY == kOfSums) dots_of_sums<T>(weights, at, b * step, (b + 1) * step, dot);
+        else dots<T>(weights, at, b * step, (b + 1) * step, pairs, dot);
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
           const V::F s = V::set1(in.scales[first + t * in.blocks + b]);
@@ -338,14 +387,14 @@ struct Tile {
     }
   }
 
-  template <int T, bool OFFSETS, bool PIECES = false>
+  template <int T, bool OFFSETS, Way WAY = kOfBlocks>
   void products(const Input& in, const X* x, int64_t x_stride, int64_t block, int columns, float* y,
                 int64_t stride, int rows, bool fresh, int64_t token) const {
     for (; token + T <= in.tokens; token += T) {
-      product<T, OFFSETS, PIECES>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
+      product<T, OFFSETS, WAY>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
     }
     if constexpr (T > 1) {
-      products<T == 6 ? 4 : T / 2, OFFSETS, PIECES>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
+      products<T == 6 ? 4 : T / 2, OFFSETS, WAY>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
     }
   }
 
@@ -360,8 +409,13 @@ struct Tile {
     auto products = offsets ? &Tile::template products<kTokens, true> : &Tile::template products<kTokens, false>;
     if constexpr (WIDTH == 8 && V::fine(5)) {
       if (in.pieces) {
-        products = offsets ? &Tile::template products<kTokens, true, true>
-                           : &Tile::template products<kTokens, false, true>;
+        products = offsets ? &Tile::template products<kTokens, true, kOfPieces>
+                           : &Tile::template products<kTokens, false, kOfPieces>;
+      }
+    }
+    if constexpr (WIDTH == 16 && V::kSums) {
+      if (in.summed) {
+        products = offsets ? &Tile::template products<6, true, kOfSums> : &Tile::template products<6, false, kOfSums>;
       }
     }
     const int64_t cols = m.tensor.cols;
@@ -372,6 +426,9 @@ struct Tile {
       for (int64_t column = 0; column < cols; column += most) {
         const int columns = static_cast<int>(least<int64_t>(most, cols - column));
         tile.fill(m, decode, meant, n, rows, column, columns);
+        if constexpr (WIDTH == 16 && V::kSums) {
+          if (in.summed) tile.cross_weights(columns, m.step);
+        }
         (tile.*products)(in, static_cast<const X*>(in.values) + column, in.padded, column / m.step,
                          columns, y + n, stride, rows, column == 0, 0);
       }
