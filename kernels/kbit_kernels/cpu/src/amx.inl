@@ -314,4 +314,4 @@ static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t str
 }
 
 static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine,
-                                        V::kSums, kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};
+                                        kSumsTokens, kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};

@@ -40,7 +40,7 @@ struct Kernels {
   // kBf16Prompt: they add less than 2 percent to the weights' own error there
   // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
-  bool sums;  // whether tiles of 16 bits may multiply sums (Input::summed)
+  int64_t sums_tokens;  // from so many on (0: never) tiles of 16 bits may multiply sums (Input::summed)
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits and with codebooks of up to `byte_codebook_bits`, else 16-bit ones.

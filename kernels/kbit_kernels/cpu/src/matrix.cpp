@@ -293,7 +293,8 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   limit = input_limit(for_matrix, width, digits);
   fine = input_fine(for_matrix, arithmetic, count);
   pieces = input_pieces(for_matrix, arithmetic, count);
-  summed = multiply_sums && for_matrix.kernels->sums && width == 16 && !panels && count >= for_matrix.kernels->tile_tokens;
+  const int64_t sums_tokens = for_matrix.kernels->sums_tokens;
+  summed = multiply_sums && width == 16 && !panels && sums_tokens != 0 && count >= sums_tokens;
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };

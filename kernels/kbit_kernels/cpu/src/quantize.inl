@@ -128,5 +128,5 @@ static int32_t order(int32_t bits) { return V::order(bits); }
 static bool digits(int32_t bits) { return V::digits(bits); }
 static bool fine(int32_t bits) { return V::fine(bits); }
 
-static constexpr Kernels kKernels = {load, nullptr, multiply, dequantize, block_ranges, encode, order, digits, fine, V::kSums, 0,
+static constexpr Kernels kKernels = {load, nullptr, multiply, dequantize, block_ranges, encode, order, digits, fine, kSumsTokens, 0,
                                      kTileTokens, V::kByteBits, V::kByteCodebookBits};

@@ -3,6 +3,7 @@
 
 constexpr int kTileRows = V::kTileVectors * V::kFloats;
 constexpr int kTileTokens = 5;  // from so many on, a tile is faster than products of 4 and fewer
+constexpr int kSumsTokens = V::kSums ? 16 : 0;  // from so many on, what a tile's sums save is more than they cost
 
 template <int WIDTH>
 using Element = std::conditional_t<WIDTH == 8, uint8_t, std::conditional_t<WIDTH == 16, int16_t, float>>;
