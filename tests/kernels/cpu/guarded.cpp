@@ -127,6 +127,7 @@ bool run(const Case& c, kbit::Pool* pool) {
   float* y = outputs.last<float>(tokens * rows);
   for (int kind = 0; kind < 4; ++kind) {
     const int arithmetic = kind < 3 ? kind : kbit::kInt16;
+    if (kind == 3 && (c.isa != kbit::kAvx512 || c.tokens < 16)) continue;  // no products of sums there
     kbit_multiply_sums(kind == 3);
     const double tolerance = arithmetic == 0 ? 1e-5 : arithmetic == 1 ? 1e-2 : 3e-4;
     std::memset(y, 0xff, tokens * rows * sizeof(float));  // NaN

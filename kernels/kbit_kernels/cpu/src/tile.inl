@@ -133,7 +133,7 @@ struct Tile {
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
   alignas(64) uint32_t minus_cross[WIDTH == 16 && V::kSums ? kColumns / 16 : 1][kTileRows];  // of blocks of weights, see Way
   alignas(64) E staged[kTileRows][kColumns];
-  int32_t center;  // what made codes lack, where it is the same in all blocks
+  int32_t center;  // common_center, for pieces; else it is in Input::begins
 
   void transpose(int columns) {
     const auto* in = reinterpret_cast<const uint32_t*>(staged);
@@ -282,7 +282,7 @@ struct Tile {
   }
 
   // y += the tile times tokens [token, token + T), x from the tile's first column on. OFFSETS: what is
-  // added to a weight differs from block to block; else it is `center`, in what the sums begin with.
+  // added to a weight differs from block to block; else it is in what the sums begin with.
   template <int T, bool OFFSETS, Way WAY>
   void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
                int columns, float* y, int64_t stride, int rows, bool fresh) const {
@@ -307,7 +307,7 @@ struct Tile {
         V::F sums[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const float begin = OFFSETS ? 0 : static_cast<float>(center) * in.sums[first + t * in.blocks + b];
+          const float begin = static_cast<float>(center) * in.sums[first + t * in.blocks + b];
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) sums[t][v] = V::set1(begin);
         }
@@ -399,25 +399,25 @@ struct Tile {
     }
   }
 
+  template <Way WAY>
+  static auto products_of(bool offsets) {
+    constexpr int kTokens = V::tokens(WIDTH);
+    return offsets ? &Tile::template products<kTokens, true, WAY> : &Tile::template products<kTokens, false, WAY>;
+  }
+
   static void run(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
                   int64_t end) {
     Tile tile;
     const Decode<WIDTH> decode = decode_of<WIDTH>(m);
     const Meaning meant = meaning(WIDTH, m);
-    tile.center = static_cast<int32_t>(meant.center);
-    constexpr int kTokens = V::tokens(WIDTH);
+    if constexpr (WIDTH == 8) tile.center = common_center(WIDTH, m);
     const bool offsets = WIDTH != 32 && (m.tensor.zeros || m.tensor.means);
-    auto products = offsets ? &Tile::template products<kTokens, true> : &Tile::template products<kTokens, false>;
+    auto products = products_of<kOfBlocks>(offsets);
     if constexpr (WIDTH == 8 && V::fine(5)) {
-      if (in.pieces) {
-        products = offsets ? &Tile::template products<kTokens, true, kOfPieces>
-                           : &Tile::template products<kTokens, false, kOfPieces>;
-      }
+      if (in.pieces) products = products_of<kOfPieces>(offsets);
     }
     if constexpr (WIDTH == 16 && V::kSums) {
-      if (in.summed) {
-        products = offsets ? &Tile::template products<6, true, kOfSums> : &Tile::template products<6, false, kOfSums>;
-      }
+      if (in.summed) products = products_of<kOfSums>(offsets);
     }
     const int64_t cols = m.tensor.cols;
     const int64_t stretches = (cols + kColumns - 1) / kColumns;  // of about the same size
