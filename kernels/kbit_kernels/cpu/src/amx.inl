@@ -302,6 +302,7 @@ static void load_amx(const Input& in, const float* x, int64_t stride, int64_t be
 }
 
 static void load_columns_amx(const Input& in, const float* x, int64_t token, int64_t column, int64_t count) {
+  if (!in.panels) return load_columns(in, x, token, column, count);
   const int64_t end = column + count, whole = end == in.matrix->cols() ? (end + 63) / 64 * 64 : end;
   AmxBf16::load(in, token, column, static_cast<int>(whole - column), x);
 }
@@ -313,5 +314,5 @@ static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t str
   else run_amx<AmxBf16>(m, in, y, stride, begin, end);
 }
 
-static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine,
+static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine, group,
                                         kSumsTokens, kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};

@@ -139,8 +139,15 @@ struct Bf16Attend {
     }
   }
 
+  // Keys of a chunk that some of the 16 rows from `row` on see, in halves.
+  static int64_t seen(const Attend& job, int64_t row, int64_t chunk) {
+    int64_t most = chunk;
+    for (int64_t r = row; r < std::min(row + 16, job.rows); ++r) most = std::max(most, job.high[r]);
+    return up_to_half(std::min(most - chunk, kKeyChunk));
+  }
+
   template <class E>
-  void score(const Attend& job, const E* from) {
+  void score(const Attend& job, int64_t chunk, const E* from) {
     const int64_t pairs = (job.head_dim + 31) / 32 * 16, block = job.head_dim * kKeyBlock;
     for (int64_t pair = 0; pair < pairs; ++pair) {
       const int64_t d = 2 * pair;
@@ -151,7 +158,8 @@ struct Bf16Attend {
       }
     }
     for (int64_t row = 0; row < job.rows; row += 16) {
-      for (int64_t key = 0; key < kKeyChunk; key += 32) {
+      const int64_t end = seen(job, row, chunk);
+      for (int64_t key = 0; key < end; key += 32) {
         PRODUCT::product(q[0][row], q[kLower][row], kMostWidth, keys[0][0] + key, keys[kLower][0] + key, kKeyChunk, pairs / 16,
                 job.scratch + row * kKeyChunk + key, kKeyChunk);
       }
@@ -185,13 +193,15 @@ struct Bf16Attend {
     });
   }
 
-  void weigh(const Attend& job) {
+  void weigh(const Attend& job, int64_t chunk) {
     for (int64_t row = 0; row < job.rows; row += 16) {
+      const int64_t steps = seen(job, row, chunk) / 32;
+      if (steps == 0) continue;
       for (int64_t d = 0; d < job.padded; d += 32) {
         float* sum = job.sum + row * job.padded + d;
         const bool whole = row + 16 <= job.rows && d + 32 <= job.padded;
         PRODUCT::product(weights[0][row], weights[kLower][row], kKeyChunk, values[0][0] + d, values[kLower][0] + d, kMostWidth,
-                kKeyChunk / 32, whole ? sum : part[0], whole ? job.padded : 32, whole);
+                steps, whole ? sum : part[0], whole ? job.padded : 32, whole);
         for (int64_t r = 0; !whole && r < std::min<int64_t>(16, job.rows - row); ++r) {
           add(sum + r * job.padded, part[r], std::min<int64_t>(32, job.padded - d));
         }
@@ -203,10 +213,10 @@ struct Bf16Attend {
   void run(const Attend& job) {
     load_queries(job);
     each_chunk<E>(job, [&](const E* k, const E* v, int64_t chunk) {
-      score(job, k);
+      score(job, chunk, k);
       if (load_values(job, v)) {
         soften(job, chunk);
-        weigh(job);
+        weigh(job, chunk);
       } else {
         weigh_all<E>(job, v, chunk, soften_all(job, chunk), nullptr);
       }

@@ -148,9 +148,10 @@ void AttentionPass::run_tiles() {
   }
   pool_.barrier();
   const int64_t step = std::max<int64_t>(1, kTileRows / layer_.group);
+  // the last tiles of a run see most keys: with them first, threads end at about the same time
   int64_t unit = 0, next = block_.next[static_cast<size_t>(index_)].fetch_add(1);
   for (const Run& run : block_.runs) {
-    for (int64_t first = 0; first < run.count; first += step) {
+    for (int64_t first = (run.count - 1) / step * step; first >= 0; first -= step) {
       for (int64_t g = 0; g < spec_.kv_heads; ++g, ++unit) {
         if (unit != next) continue;
         tile(run, g, wanted({run.first + first, run.first + std::min(first + step, run.count)}));
@@ -191,8 +192,10 @@ void AttentionPass::tile(const Run& run, int64_t g, Product::Range tokens) {
                    worker_.scratch.get()});
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t t = first + row / layer_.group, h = g * layer_.group + row % layer_.group;
-    float* out = block_.attention.get() + t * block_.attention_stride + h * spec_.head_dim;
+    float* const out = inputs_ ? sum + row * layer_.padded
+                               : block_.attention.get() + t * block_.attention_stride + h * spec_.head_dim;
     kernels_.scale(sum + row * layer_.padded, 1 / total[row], out, spec_.head_dim);
+    if (inputs_) layer_.out.load_columns(*inputs_, out, t, h * spec_.head_dim, spec_.head_dim);
   }
 }
 

@@ -63,13 +63,21 @@ struct Decoder::State {
   void prepare();
   void run(int thread, float* logits);
   void embed(int thread, float* h, float* x, Inputs* inputs, Product::Range mine);
-  Product::Range gate_rows(const Layer& layer, int thread) const {
-    const Product::Range mine = share(layer.spec.inner, kGrain, thread, pool.threads());
+  Product::Range gate_rows(const Layer& layer, int thread, int64_t count) const {
+    const Product::Range mine = share(layer.spec.inner, count < kSlicedTokens ? kGrain : kColumnGrain, thread, pool.threads());
     return {layer.spec.gate_base + mine.first, layer.spec.gate_base + mine.second};
   }
   // Rows that `activated` takes at once of `count` tokens, at most.
   int64_t slice(int64_t count) const {
     return count < kSlicedTokens ? (block.up_stride / kGrain / pool.threads() + 2) * kGrain : kSlice;
+  }
+  // Whether the inputs of out or down are prepared where they are computed, before they go to memory.
+  bool direct_out(const Layer& layer, const Inputs& inputs) const {
+    return !block.single && block.count() >= kSlicedTokens && layer.spec.head_dim % kColumnGrain == 0 &&
+           layer.out.loads_columns(inputs);
+  }
+  bool direct_down(const Layer& layer, const Inputs& inputs, int64_t count) const {
+    return count >= kSlicedTokens && layer.down.loads_columns(inputs) && !layer.down.shares_inputs(layer.up);
   }
   void activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count);
   void attention_residual(const Layer& layer, float* h, float* x, int64_t at);
@@ -258,17 +266,22 @@ void Decoder::State::run(int thread, float* logits) {
     layer.out.prefetch(layer.out.range(thread));
     pool.barrier();
 
-    AttentionPass attention(layer, static_cast<int64_t>(l), last, &block, &worker, *kernels, &pool, thread);
+    const int64_t rest = last ? selected : block.count();  // tokens of what follows the attention
+    const bool rounded = !last && direct_out(layer, *inputs);
+    AttentionPass attention(layer, static_cast<int64_t>(l), last, rounded ? inputs : nullptr, &block, &worker, *kernels,
+                            &pool, thread);
     attention.run();
     pool.barrier();
     if (last && selected == 0) return;
     // what follows the last layer's keys and values is computed for the tokens that the head will read
     const auto rows = last ? chosen : mine;
     const auto token = [&](int64_t at) { return last ? block.selected[static_cast<size_t>(at)] : at; };
-    for (int64_t at = rows.first; at < rows.second; ++at) layer.out.load(inputs, attention.collect(token(at), x), at);
-    loaded();
+    if (!rounded) {
+      for (int64_t at = rows.first; at < rows.second; ++at) layer.out.load(inputs, attention.collect(token(at), x), at);
+      loaded();
+    }
     layer.out.multiply(*inputs, thread, block.delta_attention.get(), block.delta_stride, *kernels);
-    layer.up.prefetch(gate_rows(layer, thread));
+    layer.up.prefetch(gate_rows(layer, thread, rest));
     pool.barrier();
 
     for (int64_t at = rows.first; at < rows.second; ++at) {
@@ -277,11 +290,11 @@ void Decoder::State::run(int thread, float* logits) {
       layer.up.load(inputs, norm(layer.spec.mlp_in, row, x), at);
     }
     loaded();
-    activated(layer, thread, *inputs, last ? selected : block.count());
+    activated(layer, thread, *inputs, rest);
     layer.down.prefetch(layer.down.range(thread));
     pool.barrier();
 
-    if (!layer.down.loads_columns(*inputs, layer.up)) {
+    if (!direct_down(layer, *inputs, rest)) {
       for (int64_t at = rows.first; at < rows.second; ++at) {
         layer.down.load(inputs, block.up.get() + at * block.up_stride, at);
       }
@@ -298,10 +311,10 @@ void Decoder::State::run(int thread, float* logits) {
 // This thread's share of block.up = activation(gate) * up of `count` tokens, or of down's input where it takes
 // columns; of many tokens a slice of rows at a time, so that gate and up are still in the cache when they are activated.
 void Decoder::State::activated(const Layer& layer, int thread, const Inputs& inputs, int64_t count) {
-  const Product::Range mine = gate_rows(layer, thread);
+  const Product::Range mine = gate_rows(layer, thread, count);
   const int64_t between = layer.spec.up_base - layer.spec.gate_base, size = slice(count);
   float *gate = workers[static_cast<size_t>(thread)].gate.get(), *up = layer.spec.gated ? gate + count * size : nullptr;
-  const bool direct = layer.down.loads_columns(inputs, layer.up);
+  const bool direct = direct_down(layer, inputs, count);
   for (int64_t first = mine.first; first < mine.second; first += size) {
     const int64_t rows = std::min(size, mine.second - first);
     alignas(64) float part[kSlice + 64] = {};  // with the zeros that follow a row

@@ -7,7 +7,7 @@ static inline float outlier_sum(const Matrix& m, const Input& in, int64_t token,
   for (int j = 0; j < t.n_outliers; j += V::kFloats) {
     const int n = least(V::kFloats, t.n_outliers - j);
     const V::F w = V::load_as<kScaleFp16>(t.outliers, row * t.n_outliers + j, n, t.rows * t.n_outliers);
-    acc = V::fma(w, V::load_part(in.outliers + token * t.n_outliers + j, n), acc);
+    acc = V::fma(w, V::load_part(in.outliers + in.outliers_of(token) + j, n), acc);
   }
   return V::sum(acc);
 }

@@ -26,7 +26,7 @@ struct Rounding {
 
 struct Kernels {
   void (*load)(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end);
-  void (*load_columns)(const Input& input, const float* x, int64_t token, int64_t column, int64_t count);  // or null
+  void (*load_columns)(const Input& input, const float* x, int64_t token, int64_t column, int64_t count);
   void (*multiply)(const Matrix& matrix, const Input& input, float* y, int64_t stride,
                    int64_t begin, int64_t end);
   void (*dequantize)(const Matrix& matrix, float* out, int64_t stride, int64_t begin, int64_t end);
@@ -40,6 +40,7 @@ struct Kernels {
   // kBf16Prompt: they add less than 2 percent to the weights' own error there
   // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
+  int64_t (*group)(int32_t width);  // tokens that a tile is multiplied with at once
   int64_t sums_tokens;  // from so many on (0: never) tiles of 16 bits may multiply sums (Input::summed)
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer

@@ -238,25 +238,32 @@ constexpr float kPeakRoom = 8;
 // By what scores are still to be multiplied.
 static inline float score_factor(const Attend& job) { return job.softcap != 0 || job.slopes ? 1 : job.scale; }
 
+// Keys of a chunk up to the b-th, in halves: hidden keys behind them need no work.
+static inline int64_t up_to_half(int64_t b) {
+  constexpr int64_t kHalf = kKeyChunk / 2;
+  return (b + kHalf - 1) / kHalf * kHalf;
+}
+
 // Scores of a row that sees keys [a, b) of a chunk: hides the other keys, and brings the row's peak, its
 // total and its sums to what they are beside these scores.
 static inline void raise_peak(const Attend& job, int64_t row, int64_t chunk, int64_t a, int64_t b) {
   float* s = job.scratch + row * kKeyChunk;
+  const int64_t stop = up_to_half(b);
   if (job.softcap != 0 || job.slopes) {
-    scale(s, job.scale, s, kKeyChunk);
+    scale(s, job.scale, s, stop);
     if (job.softcap != 0) softcap(s + a, b - a, job.softcap);
     const float slope = job.slopes ? job.slopes[row] : 0;
     for (int64_t j = a; job.slopes && j < b; ++j) s[j] -= slope * static_cast<float>(job.position[row] - chunk - j);
   }
-  if (a > 0 || b < kKeyChunk) {
-    for (int64_t j = 0; j < kKeyChunk; j += kLanes) {
+  if (a > 0 || b < stop) {
+    for (int64_t j = 0; j < stop; j += kLanes) {
       const IVec key = lane_numbers() + static_cast<int32_t>(j);
       const auto hidden = (key < static_cast<int32_t>(a)) | (key >= static_cast<int32_t>(b));
       store(s + j, hidden ? splat(-HUGE_VALF) : load(s + j));
     }
   }
   Vec peaks = load(s);
-  for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) peaks = max(load(s + j), peaks);
+  for (int64_t j = kLanes; j < stop; j += kLanes) peaks = max(load(s + j), peaks);
   const float before = job.peak[row];
   peaks = peaks * splat(score_factor(job));
   if (!any_larger(peaks, splat(before + kPeakRoom))) return;
@@ -290,7 +297,9 @@ static inline bool soften_all(const Attend& job, int64_t chunk, Put put) {
     const float* s = job.scratch + row * kKeyChunk;
     const Vec shift = splat(-job.peak[row]);
     Vec total = Vec{};
-    for (int64_t j = 0; j < kKeyChunk; j += 2 * kLanes) {
+    const int64_t stop = up_to_half(keys.second);
+    for (int64_t j = stop; j < kKeyChunk; j += 2 * kLanes) put(row, j, Vec{}, Vec{});
+    for (int64_t j = 0; j < stop; j += 2 * kLanes) {
       const Vec v = EXP(fma(load(s + j), times, shift)), w = EXP(fma(load(s + j + kLanes), times, shift));
       put(row, j, v, w);
       total += v + w;

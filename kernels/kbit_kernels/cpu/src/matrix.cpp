@@ -288,6 +288,10 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   tokens = count;
   width = input_width(for_matrix, arithmetic, count);
   panels = input_panels(for_matrix, arithmetic, count);
+  const bool tiled = count >= for_matrix.kernels->tile_tokens;
+  group = tiled && !panels ? for_matrix.kernels->group(width) : 1;
+  outlier_group = tiled ? for_matrix.kernels->group(32) : 1;
+  outlier_room = (for_matrix.tensor.n_outliers + kStep - 1) / kStep * kStep;
   const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
   limit = input_limit(for_matrix, width, digits);
@@ -299,11 +303,12 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
+  const auto whole = [count](int64_t of) { return (count + of - 1) / of * of; };
   // AMX reads 16 tokens at a time
-  const int64_t room = for_matrix.isa == kAmx && count > 1 ? (count + 15) / 16 * 16 : count;
+  const int64_t room = for_matrix.isa == kAmx && count > 1 && group == 1 ? whole(16) : whole(group);
   const size_t values_bytes = rounded(room * padded * (width / 8));
-  const size_t block_bytes = rounded(count * blocks * 4);
-  const size_t outlier_bytes = rounded(count * for_matrix.tensor.n_outliers * 4);
+  const size_t block_bytes = rounded(whole(group) * blocks * 4);
+  const size_t outlier_bytes = rounded(whole(outlier_group) * outlier_room * 4);
   const size_t lane_bytes = fine ? 16 * block_bytes : pieces ? kPieces * block_bytes : 0;
   const size_t bytes = values_bytes + 3 * block_bytes + lane_bytes + outlier_bytes;
   if (bytes > capacity_) {

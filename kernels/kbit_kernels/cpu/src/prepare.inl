@@ -48,29 +48,54 @@ static inline int32_t common_center(int width, const Matrix& m) {
 }
 
 // Rounds one block of a token to integers. center: common_center.
-template <class X>
-static void load_block(const Input& input, const float* x, int step, int32_t center, X* out, int64_t block) {
-  V::F peaks = V::zero(), poison = V::zero();
-  for (int i = 0; i < step; i += V::kFloats) {
-    const V::F v = V::load(x + i);
-    peaks = V::max(V::abs(v), peaks);
-    poison = V::fma(v, V::zero(), poison);  // NaN if any value is NaN or infinite
+template <int STEP, class X>
+static inline void load_block(const Input& input, const float* x, int32_t center, X* out, int64_t block) {
+  constexpr int kVectors = STEP / V::kFloats;
+  V::F values[kVectors];
+  V::I peaks = V::izero();
+  KBIT_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    values[i] = V::load(x + i * V::kFloats);
+    peaks = V::larger(peaks, V::magnitude(values[i]));
   }
-  const float peak = V::peak(peaks);
-  const bool round = V::all_zero(poison) && peak > 1e-30f;  // below, 1 / peak may overflow
-  const V::F factor = V::set1(round ? static_cast<float>(input.limit) / peak : 0);
-  V::I total = V::izero();
-  for (int i = 0; i < step; i += V::kFloats) {
-    const V::I rounded = round ? V::round(V::mul(V::load(x + i), factor)) : V::izero();
+  const int32_t bits = V::largest(peaks);  // magnitudes are ordered as their bits are: infinity and NaN come last
+  float peak;
+  std::memcpy(&peak, &bits, sizeof peak);
+  if (bits >= 0x7f800000 || peak <= 1e-30f) {  // below, 1 / peak may overflow
+    std::memset(out, 0, STEP * sizeof(X));
+    input.scales[block] = input.sums[block] = bits >= 0x7f800000 ? __builtin_nanf("") : 0;
+    input.begins[block] = 0;
+    return;
+  }
+  const float limit = static_cast<float>(input.limit), scale = peak / limit;
+  const V::F factor = V::set1(limit / peak);
+  V::I total = V::izero(), crossed = V::izero();
+  KBIT_UNROLL
+  for (int i = 0; i < kVectors; ++i) {
+    const V::I rounded = V::round(V::mul(values[i], factor));
     total = V::iadd(total, rounded);
-    if constexpr (sizeof(X) == 1) V::store8(out + i, rounded);
-    else V::store16(out + i, rounded);
+    if constexpr (sizeof(X) == 1) {
+      V::store8(out + i * V::kFloats, rounded);
+    } else {
+      if constexpr (V::kSums) crossed = V::cross(crossed, rounded);
+      V::store16(out + i * V::kFloats, rounded);
+    }
   }
-  const float scale = round ? peak / static_cast<float>(input.limit) : V::sum(poison);
-  input.scales[block] = scale;
   const int32_t sum = V::isum(total);
+  input.scales[block] = scale;
   input.sums[block] = scale * static_cast<float>(sum);
-  input.begins[block] = center * sum;
+  uint32_t begin = static_cast<uint32_t>(center * sum);
+  if constexpr (sizeof(X) == 2 && V::kSums) {
+    if (input.summed) begin -= static_cast<uint32_t>(V::isum(crossed));
+  }
+  input.begins[block] = static_cast<int32_t>(begin);
+}
+
+template <class X>
+static inline void load_block(const Input& input, const float* x, int step, int32_t center, X* out, int64_t block) {
+  if (step == 64) load_block<64>(input, x, center, out, block);
+  else if (step == 32) load_block<32>(input, x, center, out, block);
+  else load_block<16>(input, x, center, out, block);
 }
 
 // Rounds one block of a token to bytes with a scale for each lane of a product, which sums 4 columns of
@@ -186,70 +211,84 @@ static inline const float* stage(const Input& input, const float* x, int64_t tok
   std::memset(room + count, 0, sizeof(float) * static_cast<size_t>(padded - count));
   for (; outlies(); ++outlier) {
     float& value = room[t.outlier_columns[outlier] - column];
-    input.outliers[token * t.n_outliers + outlier] = value;
+    input.outliers[input.outliers_of(token) + outlier / kStep * kStep * input.outlier_group + outlier % kStep] = value;
     value = 0;
   }
   return room;
 }
 
+// Prepares `count` columns, whole blocks, of a token from `column` on. bytes, words: where rounded values go that are
+// still to be arranged, or null.
+static inline void load_blocks(const Input& input, const Lanes& places, int32_t center, const float* x, int64_t token,
+                               int64_t column, int64_t count, int8_t* bytes, int16_t* words) {
+  const int step = input.matrix->step;
+  const int64_t first = input.values_of(token);
+  int64_t block = input.blocks_of(token) + (column >> log2_of(step)) * input.group;
+  for (int64_t i = 0; i < count; i += step, block += input.group) {
+    const int64_t at = first + (column + i) / kStep * kStep * input.group + (column + i) % kStep;
+    if (input.width == 8) {
+      int8_t* const out = bytes != nullptr ? bytes + i : static_cast<int8_t*>(input.values) + at;
+      if (input.fine) load_lanes(input, x + i, places.apart(block), out, block, input.lanes + places.at(block));
+      else if (input.pieces) load_pieces(input, x + i, out, block);
+      else load_block(input, x + i, step, center, out, block);
+    } else if (input.width == 16) {
+      int16_t* const out = words != nullptr ? words + i : static_cast<int16_t*>(input.values) + at;
+      load_block(input, x + i, step, center, out, block);
+    } else {
+      float* const out = static_cast<float*>(input.values) + at;
+      V::F total = V::zero();
+      for (int j = 0; j < step; j += V::kFloats) {
+        const V::F v = V::load(x + i + j);
+        V::store(out + j, v);
+        total = V::add(total, v);
+      }
+      input.sums[block] = V::sum(total);
+    }
+  }
+}
+
+static inline int32_t input_center(const Input& input) {
+  return input.width == 32 ? 0 : common_center(input.width, *input.matrix);
+}
+
 static void load(const Input& input, const float* x, int64_t stride, int64_t begin, int64_t end) {
   constexpr int64_t kColumns = 1024;  // whole chunks
   const Tensor& t = input.matrix->tensor;
-  const int step = input.matrix->step;
   const Lanes places(t);
-  const int32_t center = input.width == 32 ? 0 : common_center(input.width, *input.matrix);
+  const int32_t center = input_center(input);
   alignas(64) float room[kColumns];
   alignas(64) int8_t bytes[2][kColumns];
   alignas(64) int16_t words[kColumns];
   for (int64_t token = begin; token < end; ++token) {
     int outlier = 0;
-    const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
-    std::memset(input.scales + token * input.blocks, 0, block_bytes);
-    std::memset(input.sums + token * input.blocks, 0, block_bytes);
-    std::memset(input.begins + token * input.blocks, 0, block_bytes);
+    if (input.group == 1) {
+      const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
+      std::memset(input.scales + token * input.blocks, 0, block_bytes);
+      std::memset(input.sums + token * input.blocks, 0, block_bytes);
+    }
     for (int64_t col = 0; col < input.padded; col += kColumns) {
       const int64_t padded = least(kColumns, input.padded - col);
       const float* staged = stage(input, x + token * stride, token, col, padded, outlier, room);
-      const int64_t first = token * input.padded + col;
-      for (int64_t i = 0; i < padded; i += step) {
-        const int64_t block = token * input.blocks + (col + i) / step;
-        if (input.width == 8) {
-          int8_t* out = input.order ? bytes[0] : static_cast<int8_t*>(input.values) + first;
-          if (input.fine) {
-            load_lanes(input, staged + i, places.apart(block), out + i, block, input.lanes + places.at(block));
-            continue;
-          }
-          if (input.pieces) load_pieces(input, staged + i, out + i, block);
-          else load_block(input, staged + i, step, center, out + i, block);
-        } else if (input.width == 16) {
-          int16_t* out = input.digits ? words : static_cast<int16_t*>(input.values) + first;
-          load_block(input, staged + i, step, center, out + i, block);
-          if (V::kSums && input.summed) {
-            const uint32_t begin = static_cast<uint32_t>(input.begins[block]);
-            input.begins[block] = static_cast<int32_t>(begin - static_cast<uint32_t>(V::cross(out + i, step)));
-          }
-        } else {
-          V::F total = V::zero();
-          for (int j = 0; j < step; j += V::kFloats) {
-            const V::F v = V::load(staged + i + j);
-            V::store(static_cast<float*>(input.values) + first + i + j, v);
-            total = V::add(total, v);
-          }
-          input.sums[block] = V::sum(total);
-        }
-      }
+      load_blocks(input, places, center, staged, token, col, padded,
+                  input.order ? bytes[0] : nullptr, input.digits ? words : nullptr);
       // only the units that a row has are in chunks; padding beyond them is natural
       if (input.digits) split_digits(words, static_cast<int>(padded), bytes[0], bytes[1]);
       if (input.digits || input.order) {
         const int64_t units = least((t.cols - col + 31) / 32, padded / 32);
         for (int digit = 0; digit <= (input.digits ? 1 : 0); ++digit) {
-          int8_t* out = static_cast<int8_t*>(input.values) + digit * input.tokens * input.padded + first;
+          int8_t* out = static_cast<int8_t*>(input.values) + (digit * input.tokens + token) * input.padded + col;
           arrange(input.order, bytes[digit], units, out);
           std::memcpy(out + units * 32, bytes[digit] + units * 32, static_cast<size_t>(padded - units * 32));
         }
       }
     }
   }
+}
+
+static void load_columns(const Input& input, const float* x, int64_t token, int64_t column, int64_t count) {
+  const int64_t end = column + count;
+  const int64_t whole = (end == input.matrix->cols() ? (end + kStep - 1) / kStep * kStep : end) - column;
+  load_blocks(input, Lanes(input.matrix->tensor), input_center(input), x, token, column, whole, nullptr, nullptr);
 }
 
 // fp32 values of groups [first, first + count) of a row; up to kFloats - 1 more are overwritten.

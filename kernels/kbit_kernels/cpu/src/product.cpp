@@ -93,11 +93,15 @@ void Product::load(Inputs* inputs, const float* x, int64_t at) const {
   for (int slot : distinct_) (*inputs)[static_cast<size_t>(slot)]->load(x, 0, at, at + 1);
 }
 
-bool Product::loads_columns(const Inputs& inputs, const Product& other) const {
-  return std::all_of(distinct_.begin(), distinct_.end(), [&](int slot) {
-    const auto& used = other.distinct_;
-    return inputs[static_cast<size_t>(slot)]->loads_columns() && std::find(used.begin(), used.end(), slot) == used.end();
-  });
+bool Product::loads_columns(const Inputs& inputs) const {
+  return std::all_of(distinct_.begin(), distinct_.end(),
+                     [&](int slot) { return inputs[static_cast<size_t>(slot)]->loads_columns(); });
+}
+
+bool Product::shares_inputs(const Product& other) const {
+  const auto& used = other.distinct_;
+  return std::any_of(distinct_.begin(), distinct_.end(),
+                     [&](int slot) { return std::find(used.begin(), used.end(), slot) != used.end(); });
 }
 
 void Product::load_columns(const Inputs& inputs, const float* x, int64_t at, int64_t column, int64_t count) const {

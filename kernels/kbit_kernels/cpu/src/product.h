@@ -10,6 +10,7 @@
 namespace kbit {
 
 constexpr int64_t kGrain = 32;  // rows that a thread takes at once
+constexpr int64_t kColumnGrain = 64;  // columns that are prepared by themselves
 
 // Inputs that products fill, by slot: one set for all threads together, or one a thread.
 using Inputs = std::vector<std::unique_ptr<Input>>;
@@ -46,8 +47,9 @@ class Product {
 
   // Prepares token `at` from x [cols].
   void load(Inputs* inputs, const float* x, int64_t at) const;
-  // Whether columns can be prepared by themselves, while `other`'s input is still in use.
-  bool loads_columns(const Inputs& inputs, const Product& other) const;
+  // Whether columns can be prepared by themselves, in multiples of kColumnGrain.
+  bool loads_columns(const Inputs& inputs) const;
+  bool shares_inputs(const Product& other) const;
   void load_columns(const Inputs& inputs, const float* x, int64_t at, int64_t column, int64_t count) const;
   // A thread's share of the outputs.
   Range range(int thread) const { return ranges_[static_cast<size_t>(thread)]; }

@@ -70,8 +70,12 @@ struct V {
     s = _mm_max_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_max_ss(s, _mm_movehdup_ps(s)));
   }
-  static bool all_zero(F a) {
-    return _mm256_movemask_ps(_mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_NEQ_UQ)) == 0;
+  static I magnitude(F a) { return _mm256_castps_si256(abs(a)); }
+  static I larger(I a, I b) { return _mm256_max_epi32(a, b); }
+  static int32_t largest(I a) {
+    __m128i s = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    s = _mm_max_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_max_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
   }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static int32_t isum(I a) {
@@ -421,8 +425,8 @@ struct V {
     return acc;
   }
   static constexpr bool kSums = false;
-  static I tile_sums(I acc, I, I, I, I) { return acc; }
-  static int32_t cross(const int16_t*, int) { return 0; }
+  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const int16_t*) {}
+  static I cross(I acc, I) { return acc; }
   static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
   static I add_pair8(I acc, I w, I x) {
     I products;

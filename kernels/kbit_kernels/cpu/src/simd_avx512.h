@@ -64,9 +64,16 @@ struct V {
   static F abs(F a) { return _mm512_abs_ps(a); }
   static float sum(F a) { return _mm512_reduce_add_ps(a); }
   static float peak(F a) { return _mm512_reduce_max_ps(a); }
-  static bool all_zero(F a) { return _mm512_cmp_ps_mask(a, _mm512_setzero_ps(), _CMP_NEQ_UQ) == 0; }
+  static I magnitude(F a) { return _mm512_castps_si512(_mm512_abs_ps(a)); }
+  static I larger(I a, I b) { return _mm512_max_epi32(a, b); }
+  static int32_t largest(I a) { return _mm512_reduce_max_epi32(a); }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
-  static int32_t isum(I a) { return _mm512_reduce_add_epi32(a); }
+  static int32_t isum(I a) {  // modulo 2^32, which the compiler's own is not
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(a), _mm512_extracti64x4_epi64(a, 1));
+    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+  }
   static I round(F a) { return _mm512_cvtps_epi32(a); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static void store8(int8_t* p, I a) {
@@ -492,22 +499,22 @@ struct V {
     return acc;
   }
   static constexpr bool kSums = true;
-  // With registers of its own choice gcc spills, though two are left.
-  static I tile_sums(I acc, I w, I next_w, I x, I next_x) {
-    asm("vpaddw %[x], %[next_w], %%zmm30\n\tvpaddw %[next_x], %[w], %%zmm31\n\tvpdpwssd %%zmm31, %%zmm30, %[acc]"
-        : [acc] "+v"(acc)
-        : [w] "v"(w), [next_w] "v"(next_w), [x] "v"(x), [next_x] "v"(next_x)
-        : "xmm30", "xmm31");
-    return acc;
+  typedef int32_t Word __attribute__((aligned(2), may_alias));
+  // Both vectors of a tile at once, and where x is broadcast: with an order and registers of its own choice gcc spills.
+  static void tile_sums(I (&acc)[kTileVectors], const I (&w)[kTileVectors], const I (&next_w)[kTileVectors],
+                        const int16_t* x) {
+    asm("vpbroadcastd %[x], %%zmm28\n\tvpbroadcastd %[next_x], %%zmm29\n\t"
+        "vpaddw %%zmm28, %[next_w0], %%zmm30\n\tvpaddw %%zmm29, %[w0], %%zmm31\n\t"
+        "vpdpwssd %%zmm31, %%zmm30, %[acc0]\n\t"
+        "vpaddw %%zmm28, %[next_w1], %%zmm30\n\tvpaddw %%zmm29, %[w1], %%zmm31\n\t"
+        "vpdpwssd %%zmm31, %%zmm30, %[acc1]"
+        : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1])
+        : [w0] "v"(w[0]), [w1] "v"(w[1]), [next_w0] "v"(next_w[0]), [next_w1] "v"(next_w[1]),
+          [x] "m"(*reinterpret_cast<const Word*>(x)), [next_x] "m"(*reinterpret_cast<const Word*>(x + 2))
+        : "xmm28", "xmm29", "xmm30", "xmm31");
   }
-  static int32_t cross(const int16_t* x, int n) {
-    __m256i sum = _mm256_setzero_si256();
-    for (int i = 0; i < n; i += 16) {
-      const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
-      sum = _mm256_dpwssd_epi32(sum, v, _mm256_shuffle_epi32(v, 0xb1));
-    }
-    const __m128i half = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
-    return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_unpackhi_epi64(half, half)));  // odd lanes repeat the even ones
+  static I cross(I acc, I x) {
+    return _mm512_add_epi32(acc, _mm512_maskz_mullo_epi32(0x3333, x, _mm512_shuffle_epi32(x, _MM_PERM_BADC)));
   }
   static I tile8(I acc, I w, I x) {
     asm("vpdpbusd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));

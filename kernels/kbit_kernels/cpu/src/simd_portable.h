@@ -8,8 +8,8 @@
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
 //   tile16, tile8 sums of 32-bit lanes += 2 columns (tile8: 4) of vectors of rows times a token's
-//   tile_sums     with kSums: sums += (w + next_x) (next_w + x) in lanes of 16 bits
-//   cross         with kSums: of a token's block, the sum of every word times the one beside it, modulo 2^32
+//   tile_sums     with kSums: sums of the vectors of a tile += (w + next_x) (next_w + x) in lanes of 16 bits
+//   cross         with kSums: sums += every word of integers that are rounded to 16 bits times the one beside it
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
 //                 bytes, `fine`: of bytes with a scale for every lane of dot8 (which then sums 4);
 //                 chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
@@ -78,7 +78,12 @@ struct V {
   static F abs(F a) { for (int i = 0; i < 4; ++i) a[i] = std::fabs(a[i]); return a; }
   static float sum(F a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static float peak(F a) { return std::fmax(std::fmax(a[0], a[1]), std::fmax(a[2], a[3])); }
-  static bool all_zero(F a) { return a[0] == 0 && a[1] == 0 && a[2] == 0 && a[3] == 0; }
+  static I magnitude(F a) { return reinterpret_cast<I>(a) & 0x7fffffff; }  // the bits of |a|
+  static I larger(I a, I b) { return a > b ? a : b; }
+  static int32_t largest(I a) {
+    for (int i = 1; i < 4; ++i) a[0] = a[i] > a[0] ? a[i] : a[0];
+    return a[0];
+  }
   static F to_float(I a) { return __builtin_convertvector(a, F); }
   static int32_t isum(I a) { return (a[0] + a[2]) + (a[1] + a[3]); }
   static I round(F a) {  // below 2^22
@@ -241,8 +246,8 @@ struct V {
   static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
   static constexpr bool kSums = false;
-  static I tile_sums(I acc, I, I, I, I) { return acc; }
-  static int32_t cross(const int16_t*, int) { return 0; }
+  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const int16_t*) {}
+  static I cross(I acc, I) { return acc; }
   static I tile16(I acc, I w, I x) {
     int16_t a[8], b[8];
     std::memcpy(a, &w, sizeof a);

@@ -82,11 +82,12 @@ constexpr int64_t kTileRows = 96;  // queries of a tile of a prompt's attention
 // Attention (attention.cpp). All threads call these with the q, k, v of all tokens computed.
 class AttentionPass {
  public:
-  // selected: sums are wanted of the block's selected tokens only.
-  AttentionPass(const Layer& layer, int64_t index, bool selected, Block* block, Worker* worker,
+  // selected: sums are wanted of the block's selected tokens only. inputs: where a prompt's sums are prepared
+  // for the product that follows, all columns of a head by themselves; or null.
+  AttentionPass(const Layer& layer, int64_t index, bool selected, const Inputs* inputs, Block* block, Worker* worker,
                 const LayerKernels& kernels, Pool* pool, int thread)
-      : layer_(layer), spec_(layer.spec), index_(index), selected_(selected), block_(*block), worker_(*worker),
-        kernels_(kernels), pool_(*pool), thread_(thread) {}
+      : layer_(layer), spec_(layer.spec), index_(index), selected_(selected), inputs_(inputs), block_(*block),
+        worker_(*worker), kernels_(kernels), pool_(*pool), thread_(thread) {}
 
   // Writes keys and values to the cache and computes this thread's part of the sums.
   void run();
@@ -121,6 +122,7 @@ class AttentionPass {
   const LayerSpec& spec_;
   const int64_t index_;
   const bool selected_;
+  const Inputs* const inputs_;
   Block& block_;
   Worker& worker_;
   const LayerKernels& kernels_;

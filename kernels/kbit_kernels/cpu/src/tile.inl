@@ -128,6 +128,7 @@ struct Tile {
   static constexpr int kWord = 32 / WIDTH;  // elements of a 32-bit lane
   static constexpr int kV = V::kTileVectors;
   static constexpr int kColumns = V::tile_columns(WIDTH);
+  static constexpr int kGroup = V::tokens(WIDTH);
 
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
@@ -196,10 +197,12 @@ struct Tile {
     transpose((columns + V::kFloats - 1) / V::kFloats * V::kFloats);
   }
 
+  // What follows takes weights from the tile at a column on, and x as it lies from that column on, see Input::group.
+
   // sums[t][v] = f(sums[t][v], rows of vector v, token t's values) at the word of column k.
   template <int T, class F>
-  static inline __attribute__((always_inline)) void at_word(const E* weights, const X* const (&x)[T], int k,
-                                                            V::I (&sums)[T][kV], F f) {
+  static inline __attribute__((always_inline)) void at_word(const E* weights, const X* x, int k, V::I (&sums)[T][kV],
+                                                            F f) {
     V::I lanes[kV];
     KBIT_UNROLL
     for (int v = 0; v < kV; ++v) {
@@ -207,21 +210,21 @@ struct Tile {
     }
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) {
-      const V::I word = V::broadcast(x[t] + k);
+      const V::I word = V::broadcast(x + t * kStep + k);
       KBIT_UNROLL
       for (int v = 0; v < kV; ++v) sums[t][v] = f(sums[t][v], lanes[v], word);
     }
   }
 
-  // dot += columns [begin, end) times T tokens. pairs: of so many words, pairs of products are summed
-  // in 16 bits before they are in 32.
+  // dot += `columns` columns times T tokens. pairs: of so many words, pairs of products are summed in 16 bits
+  // before they are in 32.
   template <int T>
-  static inline __attribute__((always_inline)) void dots(const E* weights, const X* const (&x)[T], int begin,
-                                                         int end, int pairs, V::I (&dot)[T][kV]) {
+  static inline __attribute__((always_inline)) void dots(const E* weights, const X* x, int columns, int pairs,
+                                                         V::I (&dot)[T][kV]) {
     if constexpr (WIDTH == 16) {
-      for (int k = begin; k < end; k += kWord) at_word<T>(weights, x, k, dot, V::tile16);
+      for (int k = 0; k < columns; k += kWord) at_word<T>(weights, x, k, dot, V::tile16);
     } else if (V::kPairSums && pairs > 1) {
-      for (int k = begin; k < end; k += pairs * kWord) {
+      for (int k = 0; k < columns; k += pairs * kWord) {
         V::I sums[T][kV];
         at_word<T>(weights, x, k, sums, [](V::I, V::I w, V::I word) { return V::pair8(w, word); });
         for (int i = 1; i < pairs; ++i) at_word<T>(weights, x, k + i * kWord, sums, V::add_pair8);
@@ -232,15 +235,15 @@ struct Tile {
         }
       }
     } else {
-      for (int k = begin; k < end; k += kWord) at_word<T>(weights, x, k, dot, V::tile8);
+      for (int k = 0; k < columns; k += kWord) at_word<T>(weights, x, k, dot, V::tile8);
     }
   }
 
-  // dot += columns [begin, end) times T tokens, as products of sums.
+  // dot += `columns` columns times T tokens, as products of sums.
   template <int T>
-  static inline __attribute__((always_inline)) void dots_of_sums(const E* weights, const X* const (&x)[T], int begin,
-                                                                 int end, V::I (&dot)[T][kV]) {
-    for (int k = begin; k < end; k += 2 * kWord) {
+  static inline __attribute__((always_inline)) void dots_of_sums(const E* weights, const X* x, int columns,
+                                                                 V::I (&dot)[T][kV]) {
+    for (int k = 0; k < columns; k += 2 * kWord) {
       V::I first[kV], second[kV];
       KBIT_UNROLL
       for (int v = 0; v < kV; ++v) {
@@ -248,20 +251,14 @@ struct Tile {
         std::memcpy(&second[v], weights + (k + kWord) * kTileRows + v * V::kFloats * kWord, sizeof second[v]);
       }
       KBIT_UNROLL
-      for (int t = 0; t < T; ++t) {
-        const V::I one = V::broadcast(x[t] + k), two = V::broadcast(x[t] + k + kWord);
-        KBIT_UNROLL
-        for (int v = 0; v < kV; ++v) {
-          dot[t][v] = V::tile_sums(dot[t][v], first[v], second[v], one, two);
-        }
-      }
+      for (int t = 0; t < T; ++t) V::tile_sums(dot[t], first, second, x + t * kStep + k);
     }
   }
 
-  // dot = the columns of a piece of the block from column k on, times T tokens.
+  // dot = the columns of piece p of a block, times T tokens.
   template <int T>
-  static inline __attribute__((always_inline)) void piece(const E* weights, const X* const (&x)[T], int k,
-                                                          V::I (&dot)[T][kV]) {
+  static inline __attribute__((always_inline)) void piece(const E* weights, const X* x, int p, V::I (&dot)[T][kV]) {
+    const int k = p * kWord;
     if constexpr (V::kPairSums) {  // 16 bits hold them all
       at_word<T>(weights, x, k, dot, [](V::I, V::I w, V::I word) { return V::pair8(w, word); });
       for (int i = 16; i < kStep; i += 16) at_word<T>(weights, x, k + i, dot, V::add_pair8);
@@ -281,11 +278,11 @@ struct Tile {
     }
   }
 
-  // y += the tile times tokens [token, token + T), x from the tile's first column on. OFFSETS: what is
-  // added to a weight differs from block to block; else it is in what the sums begin with.
+  // y += the tile times tokens [token, token + T) of a group, x from its tile's first column on, in block `block`.
+  // OFFSETS: what is added to a weight differs from block to block; else it is in what the sums begin with.
   template <int T, bool OFFSETS, Way WAY>
-  void product(const Input& in, const X* x, int64_t x_stride, int64_t token, int64_t block,
-               int columns, float* y, int64_t stride, int rows, bool fresh) const {
+  void product(const Input& in, const X* x, int64_t token, int64_t block, int columns, float* y, int64_t stride,
+               int rows, bool fresh) const {
     V::F acc[T][kV];
     KBIT_UNROLL
     for (int t = 0; t < T; ++t) {
@@ -298,32 +295,31 @@ struct Tile {
                                           : V::load_part(from, count);
       }
     }
-    const X* at[T];
-    KBIT_UNROLL
-    for (int t = 0; t < T; ++t) at[t] = x + (token + t) * x_stride;
+    constexpr int64_t kChunk = kGroup * kStep;  // of 64 columns
+    x += token % kGroup * kStep;
     if constexpr (WAY == kOfPieces) {
-      const int64_t first = token * in.blocks + block;
-      for (int b = 0; b * kStep < columns; ++b) {
+      int64_t first = in.blocks_of(token) + block * kGroup;
+      for (int b = 0; b * kStep < columns; ++b, x += kChunk, first += kGroup) {
         V::F sums[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const float begin = static_cast<float>(center) * in.sums[first + t * in.blocks + b];
+          const float begin = static_cast<float>(center) * in.sums[first + t];
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) sums[t][v] = V::set1(begin);
         }
         for (int p = 0; p < kPieces; ++p) {
           V::I dot[T][kV];
-          piece<T>(weights, at, b * kStep + p * kWord, dot);
+          piece<T>(weights + b * kStep * kTileRows, x, p, dot);
           KBIT_UNROLL
           for (int t = 0; t < T; ++t) {
-            const V::F s = V::set1(in.lanes[(first + t * in.blocks + b) * kPieces + p]);
+            const V::F s = V::set1(in.lanes[(first + t) * kPieces + p]);
             KBIT_UNROLL
             for (int v = 0; v < kV; ++v) sums[t][v] = V::fma(V::to_float(dot[t][v]), s, sums[t][v]);
           }
         }
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const V::F sum = OFFSETS ? V::set1(in.sums[first + t * in.blocks + b]) : V::zero();
+          const V::F sum = OFFSETS ? V::set1(in.sums[first + t]) : V::zero();
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) {
             acc[t][v] = V::fma(sums[t][v], V::load(scale[b] + v * V::kFloats), acc[t][v]);
@@ -333,27 +329,32 @@ struct Tile {
       }
     } else if constexpr (WIDTH == 32) {
       const E* w = weights;
-      for (int k = 0; k < columns; ++k, w += kTileRows) {
-        V::F lanes[kV];
-        KBIT_UNROLL
-        for (int v = 0; v < kV; ++v) lanes[v] = V::load(w + v * V::kFloats);
-        KBIT_UNROLL
-        for (int t = 0; t < T; ++t) {
-          const V::F value = V::set1(at[t][k]);
+      for (int first = 0; first < columns; first += kStep, x += kChunk) {
+        const int count = least(kStep, columns - first);
+        for (int k = 0; k < count; ++k, w += kTileRows) {
+          V::F lanes[kV];
           KBIT_UNROLL
-          for (int v = 0; v < kV; ++v) acc[t][v] = V::fma(lanes[v], value, acc[t][v]);
+          for (int v = 0; v < kV; ++v) lanes[v] = V::load(w + v * V::kFloats);
+          KBIT_UNROLL
+          for (int t = 0; t < T; ++t) {
+            const V::F value = V::set1(x[t * kStep + k]);
+            KBIT_UNROLL
+            for (int v = 0; v < kV; ++v) acc[t][v] = V::fma(lanes[v], value, acc[t][v]);
+          }
         }
       }
     } else {
       const int step = in.matrix->step;
-      const int64_t first = token * in.blocks + block;
+      int64_t first = in.blocks_of(token) + block * kGroup;
+      const E* w = weights;
       const Tensor& tensor = in.matrix->tensor;
       const int pairs = least(V::pair_words(tensor.bits, tensor.storage == kCodebook), step / kWord);
-      for (int b = 0; b * step < columns; ++b) {
+      for (int b = 0; b * step < columns; ++b, first += kGroup, w += step * kTileRows) {
+        const X* const at = x + b * step / kStep * kChunk + b * step % kStep;
         V::I dot[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const V::I begin = V::broadcast(in.begins + first + t * in.blocks + b);
+          const V::I begin = V::broadcast(in.begins + first + t);
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) {
             V::I rest = V::izero();
@@ -361,12 +362,12 @@ struct Tile {
             dot[t][v] = V::iadd(begin, rest);
           }
         }
-        if constexpr (WAY == kOfSums) dots_of_sums<T>(weights, at, b * step, (b + 1) * step, dot);
-        else dots<T>(weights, at, b * step, (b + 1) * step, pairs, dot);
+        if constexpr (WAY == kOfSums) dots_of_sums<T>(w, at, step, dot);
+        else dots<T>(w, at, step, pairs, dot);
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
-          const V::F s = V::set1(in.scales[first + t * in.blocks + b]);
-          const V::F sum = OFFSETS ? V::set1(in.sums[first + t * in.blocks + b]) : V::zero();
+          const V::F s = V::set1(in.scales[first + t]);
+          const V::F sum = OFFSETS ? V::set1(in.sums[first + t]) : V::zero();
           KBIT_UNROLL
           for (int v = 0; v < kV; ++v) {
             const V::F both = V::mul(V::load(scale[b] + v * V::kFloats), s);
@@ -389,20 +390,19 @@ struct Tile {
   }
 
   template <int T, bool OFFSETS, Way WAY = kOfBlocks>
-  void products(const Input& in, const X* x, int64_t x_stride, int64_t block, int columns, float* y,
-                int64_t stride, int rows, bool fresh, int64_t token) const {
+  void products(const Input& in, const X* x, int64_t padded, int64_t block, int columns, float* y, int64_t stride,
+                int rows, bool fresh, int64_t token) const {
     for (; token + T <= in.tokens; token += T) {
-      product<T, OFFSETS, WAY>(in, x, x_stride, token, block, columns, y, stride, rows, fresh);
+      product<T, OFFSETS, WAY>(in, x + token / kGroup * kGroup * padded, token, block, columns, y, stride, rows, fresh);
     }
     if constexpr (T > 1) {
-      products<T == 6 ? 4 : T / 2, OFFSETS, WAY>(in, x, x_stride, block, columns, y, stride, rows, fresh, token);
+      products<T == 6 ? 4 : T / 2, OFFSETS, WAY>(in, x, padded, block, columns, y, stride, rows, fresh, token);
     }
   }
 
   template <Way WAY>
   static auto products_of(bool offsets) {
-    constexpr int kTokens = V::tokens(WIDTH);
-    return offsets ? &Tile::template products<kTokens, true, WAY> : &Tile::template products<kTokens, false, WAY>;
+    return offsets ? &Tile::template products<kGroup, true, WAY> : &Tile::template products<kGroup, false, WAY>;
   }
 
   static void run(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
@@ -430,8 +430,8 @@ struct Tile {
         if constexpr (WIDTH == 16 && V::kSums) {
           if (in.summed) tile.cross_weights(columns, m.step);
         }
-        (tile.*products)(in, static_cast<const X*>(in.values) + column, in.padded, column / m.step,
-                         columns, y + n, stride, rows, column == 0, 0);
+        (tile.*products)(in, static_cast<const X*>(in.values) + column * kGroup, in.padded, column / m.step, columns,
+                         y + n, stride, rows, column == 0, 0);
       }
       if constexpr (WIDTH == 32) add_outliers(tile, m, in, y + n, stride, n, rows);
     }
@@ -453,8 +453,8 @@ struct Tile {
     for (int j = 0; j < m.tensor.n_outliers; j += Tile<32>::kColumns) {
       const int columns = least(Tile<32>::kColumns, m.tensor.n_outliers - j);
       tile.fill_outliers(m, first, rows, j, columns);
-      tile.template products<V::tokens(32), false>(in, in.outliers + j, m.tensor.n_outliers, 0, columns, y,
-                                             stride, rows, false, 0);
+      tile.template products<Tile<32>::kGroup, false>(in, in.outliers + j * Tile<32>::kGroup, in.outlier_room, 0, columns,
+                                                      y, stride, rows, false, 0);
     }
   }
 };
