@@ -125,10 +125,10 @@ bool run(const Case& c, kbit::Pool* pool) {
   float* x = inputs.last<float>(tokens * cols);
   for (size_t i = 0; i < tokens * cols; ++i) x[i] = uniform();
   float* y = outputs.last<float>(tokens * rows);
-  for (int kind = 0; kind < 4; ++kind) {
-    const int arithmetic = kind < 3 ? kind : kbit::kInt16;
-    if (kind == 3 && (c.isa != kbit::kAvx512 || c.tokens < 16)) continue;  // no products of sums there
-    kbit_multiply_sums(kind == 3);
+  for (int kind = 0; kind < 5; ++kind) {
+    const int arithmetic = kind < 3 ? kind : kind == 3 ? kbit::kInt16 : kbit::kInt8;
+    if (kind > 2 && (c.isa != kbit::kAvx512 || c.tokens < 16)) continue;  // no products of sums there
+    kbit_multiply_sums(kind > 2);
     const double tolerance = arithmetic == 0 ? 1e-5 : arithmetic == 1 ? 1e-2 : 3e-4;
     std::memset(y, 0xff, tokens * rows * sizeof(float));  // NaN
     kbit_linear(matrix, pool, arithmetic, x, c.tokens, nullptr, y, &error);

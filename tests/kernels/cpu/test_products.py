@@ -133,6 +133,35 @@ def test_products_of_sums_are_exact(
     assert np.array_equal(*found), str(spec)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    spec=st.sampled_from(
+        "int4-b64 int3-b16 int2-row uint4-b32 uint3-b64 uint2-b128 fp3e1-b64 fp2e1-b16 fp3e2-b32".split()
+    ),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 1400),
+    tokens=st.integers(16, 30),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_products_of_sums_of_bytes_are_exact(
+    spec: str, rows: int, columns: int, tokens: int, seed: int
+) -> None:
+    """Of inputs that rounding leaves alone, at the ends of what 8 bits hold."""
+    if not library.isa_available("avx512"):
+        pytest.skip("nothing else multiplies sums")
+    rng = np.random.default_rng(seed)
+    tensor = random_tensor(QuantSpec.parse(spec), (rows, columns), rng)
+    weights = reference.dequantize(tensor).astype(np.float64)
+    x = rng.choice([-1.0, 0.0, 1.0], (tokens, columns), p=[0.45, 0.1, 0.45]).astype(np.float32)
+    native, matrix = library.load(), Matrix(tensor, "avx512")
+    before = native.kbit_multiply_sums(1)
+    found = matrix.linear(x, arithmetic="int8", pool=library.default_pool())
+    native.kbit_multiply_sums(before)
+    largest = np.abs(weights).max(axis=1) + 16 * np.abs(tensor.scale_values()).max(axis=1)
+    worst = (np.abs(found - x @ weights.T) / (largest * np.sqrt(columns))).max()
+    assert worst <= 4e-6, (spec, worst)  # one integer more or less is 9e-6 or more
+
+
 def test_every_float_format(isa: Isa, pool: Pool) -> None:
     rng = np.random.default_rng(0)
     x = rng.standard_normal((2, 96)).astype(np.float32)

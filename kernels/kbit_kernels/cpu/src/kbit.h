@@ -138,7 +138,7 @@ class Input {
   bool digits = false;         // a single token's 16-bit values as two planes of bytes, the upper first
   bool fine = false;           // a single token's bytes have a scale for each lane of a product, in `lanes`
   bool pieces = false;         // tokens' bytes have a scale for each piece of a block, in `lanes`
-  bool summed = false;         // tokens' 16-bit values are for products of sums (see Tile)
+  bool summed = false;         // tokens' integers are for products of sums (see Way in tile.inl)
   // Tokens that a tile is multiplied with at once lie together, 64 columns of each after the other: products read
   // memory in order, and what computes few columns of many tokens writes to few places. 1: others.
   int64_t group = 1;

@@ -41,7 +41,7 @@ struct Kernels {
   // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
   int64_t (*group)(int32_t width);  // tokens that a tile is multiplied with at once
-  int64_t sums_tokens;  // from so many on (0: never) tiles of 16 bits may multiply sums (Input::summed)
+  int64_t sums_tokens;  // from so many on (0: never) tiles may multiply sums (Input::summed)
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
   // weights of up to `byte_bits` bits and with codebooks of up to `byte_codebook_bits`, else 16-bit ones.
@@ -61,9 +61,9 @@ const Kernels* kernels_of(Isa isa);
 
 // Bounds on integer weights and inputs: the products of 64 columns fit in 31 bits.
 constexpr int kNarrowLimit = 127;     // int8 weights and inputs
-// Of codebooks of 2 and 3 bits where pairs of products, of unsigned weights, are summed in 16 bits: two
-// of 2 bits, one of 3.
-constexpr int slim_limit(int bits) { return bits == 2 ? 31 : 63; }
+// Of codebooks of 2 and 3 bits where pairs of products, of unsigned weights, are summed in 16 bits (two
+// of 2 bits, one of 3), or where weights are added to inputs in 8.
+constexpr int slim_limit(int bits) { return bits == 2 ? 31 : 47; }
 constexpr int kWideWeights = 4095;    // int16 codebook values ...
 constexpr int kWideInputs = 8191;     // ... times int16 inputs
 constexpr int kWordInputs = 32767 - 255;  // times codes; so that a code may be added
@@ -88,7 +88,7 @@ constexpr int64_t kCodesAhead = 2048, kScalesAhead = 1024;
 // Zen 5, where decoding is 1.1 times as fast; two steps, the first into that cache, on Intel's Xeon.
 extern const bool kPastSecondLevel;
 
-// Whether tiles of 16 bits multiply sums where they can: on AMD's processors, which add on four vector
+// Whether tiles multiply sums where they can: on AMD's processors, which add on four vector
 // pipes and multiply on two. Intel's add 512 bits on the two that multiply. Tests try both.
 extern bool multiply_sums;
 

@@ -266,9 +266,20 @@ Layout layout_of(const Matrix& matrix, int32_t width, int64_t tokens) {
   return {width == 8 || digits ? kernels.order(matrix.tensor.bits) : 0, digits};
 }
 
-int32_t input_limit(const Matrix& matrix, int32_t width, bool digits) {
-  if (width == 8) return kNarrowLimit;
-  return digits ? kDigitInputs : matrix.tensor.storage == kCodebook ? kWideInputs : kWordInputs;
+// Whether products of sums may be made: of bytes where weights leave inputs 7 bits.
+bool input_summed(const Matrix& matrix, const Input& input) {
+  const int64_t from = matrix.kernels->sums_tokens;
+  if (!multiply_sums || from == 0 || input.tokens < from || input.panels || input.pieces) return false;
+  return input.width == 16 || (input.width == 8 && matrix.tensor.bits <= (matrix.tensor.storage == kCodebook ? 3 : 4));
+}
+
+int32_t input_limit(const Matrix& matrix, const Input& input) {
+  const Tensor& t = matrix.tensor;
+  if (input.width == 8) {
+    if (!input.summed) return kNarrowLimit;
+    return kNarrowLimit - (t.storage == kCodebook ? slim_limit(t.bits) : 1 << (t.bits - 1));
+  }
+  return input.digits ? kDigitInputs : t.storage == kCodebook ? kWideInputs : kWordInputs;
 }
 
 }  // namespace
@@ -294,11 +305,10 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   outlier_room = (for_matrix.tensor.n_outliers + kStep - 1) / kStep * kStep;
   const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = layout.digits;
-  limit = input_limit(for_matrix, width, digits);
   fine = input_fine(for_matrix, arithmetic, count);
   pieces = input_pieces(for_matrix, arithmetic, count);
-  const int64_t sums_tokens = for_matrix.kernels->sums_tokens;
-  summed = multiply_sums && width == 16 && !panels && sums_tokens != 0 && count >= sums_tokens;
+  summed = input_summed(for_matrix, *this);
+  limit = input_limit(for_matrix, *this);
   padded = (for_matrix.cols() + kStep - 1) / kStep * kStep;
   if (panels && padded % 2048 == 0) padded += kStep;  // else 16 tokens meet in one set of the cache
   const auto rounded = [](int64_t bytes) { return static_cast<size_t>((bytes + 63) / 64 * 64); };

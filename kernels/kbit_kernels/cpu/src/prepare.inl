@@ -24,12 +24,13 @@ struct Meaning {
   bool offset;  // whether anything is added to made * factor * scale
 };
 
-static inline Meaning meaning(int width, const Matrix& m) {
+// summed: see Input.
+static inline Meaning meaning(int width, const Matrix& m, bool summed = false) {
   const Tensor& t = m.tensor;
   float factor = 1, center = 0;
   if (t.storage == kCodebook) {
     if (width == 8) {
-      factor = V::slim(t.bits) ? m.tables->slim_scale : m.tables->narrow_scale;
+      factor = V::slim(t.bits) || summed ? m.tables->slim_scale : m.tables->narrow_scale;
       center = static_cast<float>(-V::bias8(t.bits));
     }
     if (width == 16) factor = m.tables->wide_scale;
@@ -47,6 +48,9 @@ static inline int32_t common_center(int width, const Matrix& m) {
   return static_cast<int32_t>(meaning(width, m).center);
 }
 
+// By how much bytes of a tile exceed the weights that sums are made of.
+static inline int sums_bias(const Tensor& t) { return t.storage == kCodebook ? 128 : 1 << (t.bits - 1); }
+
 // Rounds one block of a token to integers. center: common_center.
 template <int STEP, class X>
 static inline void load_block(const Input& input, const float* x, int32_t center, X* out, int64_t block) {
@@ -61,8 +65,12 @@ static inline void load_block(const Input& input, const float* x, int32_t center
   const int32_t bits = V::largest(peaks);  // magnitudes are ordered as their bits are: infinity and NaN come last
   float peak;
   std::memcpy(&peak, &bits, sizeof peak);
+  const int bias = sizeof(X) == 1 && V::kSums && input.summed ? sums_bias(input.matrix->tensor) : 0;
   if (bits >= 0x7f800000 || peak <= 1e-30f) {  // below, 1 / peak may overflow
-    std::memset(out, 0, STEP * sizeof(X));
+    for (int i = 0; i < STEP; i += V::kFloats) {
+      if constexpr (sizeof(X) == 1) V::store8(out + i, bias ? V::summand8(V::izero(), bias) : V::izero());
+      else V::store16(out + i, V::izero());
+    }
     input.scales[block] = input.sums[block] = bits >= 0x7f800000 ? __builtin_nanf("") : 0;
     input.begins[block] = 0;
     return;
@@ -74,20 +82,21 @@ static inline void load_block(const Input& input, const float* x, int32_t center
   for (int i = 0; i < kVectors; ++i) {
     const V::I rounded = V::round(V::mul(values[i], factor));
     total = V::iadd(total, rounded);
-    if constexpr (sizeof(X) == 1) {
-      V::store8(out + i * V::kFloats, rounded);
-    } else {
-      if constexpr (V::kSums) crossed = V::cross(crossed, rounded);
+    if constexpr (sizeof(X) == 2) {
+      if constexpr (V::kSums) crossed = V::cross16(crossed, rounded);
       V::store16(out + i * V::kFloats, rounded);
+    } else if (V::kSums && input.summed) {
+      crossed = V::cross8(crossed, rounded);
+      V::store8(out + i * V::kFloats, V::summand8(rounded, bias));
+    } else {
+      V::store8(out + i * V::kFloats, rounded);
     }
   }
   const int32_t sum = V::isum(total);
   input.scales[block] = scale;
   input.sums[block] = scale * static_cast<float>(sum);
   uint32_t begin = static_cast<uint32_t>(center * sum);
-  if constexpr (sizeof(X) == 2 && V::kSums) {
-    if (input.summed) begin -= static_cast<uint32_t>(V::isum(crossed));
-  }
+  if (V::kSums && input.summed) begin += static_cast<uint32_t>(bias * sum) - static_cast<uint32_t>(V::isum(crossed));
   input.begins[block] = static_cast<int32_t>(begin);
 }
 

@@ -425,8 +425,13 @@ struct V {
     return acc;
   }
   static constexpr bool kSums = false;
-  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const int16_t*) {}
-  static I cross(I acc, I) { return acc; }
+  template <class X>
+  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const X*) {}
+  template <class E>
+  static I cross_weights(I acc, I, I, E) { return acc; }
+  static I cross16(I acc, I) { return acc; }
+  static I cross8(I acc, I) { return acc; }
+  static I summand8(I x, int) { return x; }
   static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
   static I add_pair8(I acc, I w, I x) {
     I products;

@@ -77,7 +77,7 @@ struct V {
   static I round(F a) { return _mm512_cvtps_epi32(a); }
   static I iadd(I a, I b) { return _mm512_add_epi32(a, b); }
   static void store8(int8_t* p, I a) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
   static void store16(int16_t* p, I a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(a));
@@ -201,8 +201,8 @@ struct V {
     // that several share, and integers are looked up too.
     static constexpr int kFields = BITS < 4 ? BITS + 1 : 0;
     __m512i table, fields[kFields + 1];
-    explicit Narrow(const Matrix::Tables* t) {
-      if (LUT) table = _mm512_xor_si512(_mm512_load_si512(t->narrow), _mm512_set1_epi8(-128));
+    explicit Narrow(const Matrix::Tables* t, bool slim = false) {
+      if (LUT) table = _mm512_xor_si512(_mm512_load_si512(slim ? t->slim : t->narrow), _mm512_set1_epi8(-128));
       else table = constant<FieldCodes<2, 0>>();
       if constexpr (!LUT && BITS == 3) {
         table = _mm512_and_si512(_mm512_set1_epi64(0x0706050403020100), _mm512_set1_epi8(7));
@@ -499,22 +499,41 @@ struct V {
     return acc;
   }
   static constexpr bool kSums = true;
-  typedef int32_t Word __attribute__((aligned(2), may_alias));
+  typedef int32_t Word __attribute__((aligned(1), may_alias));
   // Both vectors of a tile at once, and where x is broadcast: with an order and registers of its own choice gcc spills.
+#define KBIT_TILE_SUMS(ADD, PRODUCT)                                                                          \
+  asm("vpbroadcastd %[x], %%zmm28\n\tvpbroadcastd %[next_x], %%zmm29\n\t"                                    \
+      ADD " %%zmm28, %[next_w0], %%zmm30\n\t" ADD " %%zmm29, %[w0], %%zmm31\n\t"                             \
+      PRODUCT " %%zmm31, %%zmm30, %[acc0]\n\t"                                                               \
+      ADD " %%zmm28, %[next_w1], %%zmm30\n\t" ADD " %%zmm29, %[w1], %%zmm31\n\t"                             \
+      PRODUCT " %%zmm31, %%zmm30, %[acc1]"                                                                    \
+      : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1])                                                              \
+      : [w0] "v"(w[0]), [w1] "v"(w[1]), [next_w0] "v"(next_w[0]), [next_w1] "v"(next_w[1]),                   \
+        [x] "m"(reinterpret_cast<const Word*>(x)[0]), [next_x] "m"(reinterpret_cast<const Word*>(x)[1])       \
+      : "xmm28", "xmm29", "xmm30", "xmm31")
   static void tile_sums(I (&acc)[kTileVectors], const I (&w)[kTileVectors], const I (&next_w)[kTileVectors],
                         const int16_t* x) {
-    asm("vpbroadcastd %[x], %%zmm28\n\tvpbroadcastd %[next_x], %%zmm29\n\t"
-        "vpaddw %%zmm28, %[next_w0], %%zmm30\n\tvpaddw %%zmm29, %[w0], %%zmm31\n\t"
-        "vpdpwssd %%zmm31, %%zmm30, %[acc0]\n\t"
-        "vpaddw %%zmm28, %[next_w1], %%zmm30\n\tvpaddw %%zmm29, %[w1], %%zmm31\n\t"
-        "vpdpwssd %%zmm31, %%zmm30, %[acc1]"
-        : [acc0] "+v"(acc[0]), [acc1] "+v"(acc[1])
-        : [w0] "v"(w[0]), [w1] "v"(w[1]), [next_w0] "v"(next_w[0]), [next_w1] "v"(next_w[1]),
-          [x] "m"(*reinterpret_cast<const Word*>(x)), [next_x] "m"(*reinterpret_cast<const Word*>(x + 2))
-        : "xmm28", "xmm29", "xmm30", "xmm31");
+    KBIT_TILE_SUMS("vpaddw", "vpdpwssd");
   }
-  static I cross(I acc, I x) {
+  static void tile_sums(I (&acc)[kTileVectors], const I (&w)[kTileVectors], const I (&next_w)[kTileVectors],
+                        const int8_t* x) {
+    KBIT_TILE_SUMS("vpaddb", "vpdpbusd");
+  }
+#undef KBIT_TILE_SUMS
+  static I cross_weights(I acc, I w, I next_w, int16_t) { return tile16(acc, w, next_w); }
+  static I cross_weights(I acc, I w, I next_w, uint8_t bias) {
+    const I down = _mm512_set1_epi8(static_cast<char>(-bias)), half = _mm512_set1_epi8(-128);
+    return tile8(acc, _mm512_xor_si512(_mm512_add_epi8(next_w, down), half), _mm512_add_epi8(w, down));
+  }
+  static I cross16(I acc, I x) {
     return _mm512_add_epi32(acc, _mm512_maskz_mullo_epi32(0x3333, x, _mm512_shuffle_epi32(x, _MM_PERM_BADC)));
+  }
+  static I cross8(I acc, I x) {
+    const I next = _mm512_shuffle_i32x4(x, x, 0xb1);
+    return _mm512_add_epi32(acc, _mm512_maskz_mullo_epi32(0x0f0f, _mm512_add_epi32(x, iset1(128)), next));
+  }
+  static I summand8(I x, int bias) {
+    return _mm512_add_epi32(x, _mm512_mask_blend_epi32(0x0f0f, iset1(-bias), iset1(128 - bias)));
   }
   static I tile8(I acc, I w, I x) {
     asm("vpdpbusd %[x], %[w], %[acc]" : [acc] "+v"(acc) : [w] "v"(w), [x] "v"(x));

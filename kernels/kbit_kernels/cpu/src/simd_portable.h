@@ -8,8 +8,10 @@
 //   wide          codes -> 16-bit weights, and dot16 with int16
 //   floats        codes -> fp32 weights without their scale
 //   tile16, tile8 sums of 32-bit lanes += 2 columns (tile8: 4) of vectors of rows times a token's
-//   tile_sums     with kSums: sums of the vectors of a tile += (w + next_x) (next_w + x) in lanes of 16 bits
-//   cross         with kSums: sums += every word of integers that are rounded to 16 bits times the one beside it
+//   tile_sums     with kSums (see Way in tile.inl): sums of the vectors of a tile += (w + next_x) (next_w + x), in lanes
+//                 of 16 bits or, where weights are unsigned and have `bias` too much, of 8: there the second factor
+//                 is unsigned, and 128 too much, which `summand8` sees to when x is rounded
+//   cross_weights, cross16, cross8: sums += what such products have too much of weights, or of rounded x
 //   dots          one token: the products of a chunk of codes, recoded; `digits`: of inputs in two
 //                 bytes, `fine`: of bytes with a scale for every lane of dot8 (which then sums 4);
 //                 chunk_scales spreads its blocks' scales over the lanes; sums of kFloats F
@@ -246,8 +248,13 @@ struct V {
   static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
   static constexpr bool kSums = false;
-  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const int16_t*) {}
-  static I cross(I acc, I) { return acc; }
+  template <class X>
+  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const X*) {}
+  template <class E>
+  static I cross_weights(I acc, I, I, E) { return acc; }
+  static I cross16(I acc, I) { return acc; }
+  static I cross8(I acc, I) { return acc; }
+  static I summand8(I x, int) { return x; }
   static I tile16(I acc, I w, I x) {
     int16_t a[8], b[8];
     std::memcpy(a, &w, sizeof a);

@@ -10,10 +10,14 @@ using Element = std::conditional_t<WIDTH == 8, uint8_t, std::conditional_t<WIDTH
 
 // Recoded weights of `columns` columns of a row from `column` (a multiple of 64) on, unscaled.
 // Columns of the last unit beyond K hold code 0, those of a missing unit anything finite.
-template <int WIDTH, bool LUT, int BITS>
+// SLIM: of a codebook's Tables::slim.
+template <int WIDTH, bool LUT, int BITS, bool SLIM = false>
 static void decode_row(const Matrix& m, int64_t row, int64_t column, int columns, Element<WIDTH>* out) {
   using G = Gemv<WIDTH, LUT, BITS, false, 1, 1>;
-  const typename G::Recode recode(m.tables);
+  const auto recode = [&] {
+    if constexpr (SLIM) return typename G::Recode(m.tables, true);
+    else return typename G::Recode(m.tables);
+  }();
   const int64_t units = (m.tensor.cols + 31) / 32;
   const uint8_t* planes[3];
   planes_of<BITS>(static_cast<const uint8_t*>(m.tensor.codes) + row * units * 4 * BITS, units, planes);
@@ -107,7 +111,10 @@ static Decode<WIDTH> decode_of(int bits) {
 }
 
 template <int WIDTH>
-static Decode<WIDTH> decode_of(const Matrix& m) {
+static Decode<WIDTH> decode_of(const Matrix& m, bool summed = false) {
+  if constexpr (WIDTH == 8 && V::kSums) {
+    if (summed && m.tensor.storage == kCodebook) return m.tensor.bits == 2 ? decode_row<8, true, 2, true> : decode_row<8, true, 3, true>;
+  }
   if constexpr (WIDTH == 32) {
     if (m.plain()) return plain_row;
   }
@@ -118,7 +125,7 @@ static Decode<WIDTH> decode_of(const Matrix& m) {
 // How a tile's products are made: of blocks, of pieces of blocks (Input::pieces), or of sums of weights and
 // inputs (Input::summed). The latter need half the multiplications (S. Winograd, A new algorithm for inner
 // products, 1968): w0 x0 + w2 x2 = (x0 + w2)(x2 + w0) - x0 x2 - w0 w2, and what is subtracted belongs to a
-// token or a row alone. All of it holds modulo 2^32; the limits of inputs see to it that w + x fits 16 bits.
+// token or a row alone. All of it holds modulo 2^32; the limits of inputs see to it that w + x fits their bits.
 enum Way { kOfBlocks, kOfPieces, kOfSums };
 
 template <int WIDTH>
@@ -132,7 +139,7 @@ struct Tile {
 
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
-  alignas(64) uint32_t minus_cross[WIDTH == 16 && V::kSums ? kColumns / 16 : 1][kTileRows];  // of blocks of weights, see Way
+  alignas(64) uint32_t minus_cross[WIDTH != 32 && V::kSums ? kColumns / 16 : 1][kTileRows];  // of blocks of weights, see Way
   alignas(64) E staged[kTileRows][kColumns];
   int32_t center;  // common_center, for pieces; else it is in Input::begins
 
@@ -167,7 +174,9 @@ struct Tile {
     transpose((columns + V::kFloats * kWord - 1) / (V::kFloats * kWord) * (V::kFloats * kWord));
   }
 
-  void cross_weights(int columns, int step) {
+  void cross_weights(int columns, const Matrix& m) {
+    const int step = m.step;
+    const E bias = static_cast<E>(sums_bias(m.tensor));
     for (int b = 0; b * step < columns; ++b) {
       for (int r = 0; r < kTileRows; r += V::kFloats) {
         V::I sum = V::izero();
@@ -175,7 +184,7 @@ struct Tile {
           V::I w[2];
           std::memcpy(&w[0], weights + k * kTileRows + r * kWord, sizeof w[0]);
           std::memcpy(&w[1], weights + (k + kWord) * kTileRows + r * kWord, sizeof w[1]);
-          sum = V::tile16(sum, w[0], w[1]);
+          sum = V::cross_weights(sum, w[0], w[1], bias);
         }
         std::memcpy(minus_cross[b] + r, &sum, sizeof sum);
       }
@@ -408,15 +417,15 @@ struct Tile {
   static void run(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
                   int64_t end) {
     Tile tile;
-    const Decode<WIDTH> decode = decode_of<WIDTH>(m);
-    const Meaning meant = meaning(WIDTH, m);
+    const Decode<WIDTH> decode = decode_of<WIDTH>(m, in.summed);
+    const Meaning meant = meaning(WIDTH, m, in.summed);
     if constexpr (WIDTH == 8) tile.center = common_center(WIDTH, m);
     const bool offsets = WIDTH != 32 && (m.tensor.zeros || m.tensor.means);
     auto products = products_of<kOfBlocks>(offsets);
     if constexpr (WIDTH == 8 && V::fine(5)) {
       if (in.pieces) products = products_of<kOfPieces>(offsets);
     }
-    if constexpr (WIDTH == 16 && V::kSums) {
+    if constexpr (WIDTH != 32 && V::kSums) {
       if (in.summed) products = products_of<kOfSums>(offsets);
     }
     const int64_t cols = m.tensor.cols;
@@ -427,8 +436,8 @@ struct Tile {
       for (int64_t column = 0; column < cols; column += most) {
         const int columns = static_cast<int>(least<int64_t>(most, cols - column));
         tile.fill(m, decode, meant, n, rows, column, columns);
-        if constexpr (WIDTH == 16 && V::kSums) {
-          if (in.summed) tile.cross_weights(columns, m.step);
+        if constexpr (WIDTH != 32 && V::kSums) {
+          if (in.summed) tile.cross_weights(columns, m);
         }
         (tile.*products)(in, static_cast<const X*>(in.values) + column * kGroup, in.padded, column / m.step, columns,
                          y + n, stride, rows, column == 0, 0);
