@@ -45,7 +45,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         LLAMA | {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True},
     ),
     "llama-head-dim": ("llama", LLAMA | {"head_dim": 14, "num_key_value_heads": 3}),
-    "llama-wide": ("llama", LLAMA | {"intermediate_size": 5200}),
+    "llama-wide": ("llama", LLAMA | {"intermediate_size": 5200, "head_dim": 64}),
     "llama-linear": ("llama", LLAMA | rope("linear", factor=3.0)),
     "llama-dynamic": (
         "llama",
