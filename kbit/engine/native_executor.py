@@ -22,7 +22,7 @@ from kbit_kernels.tensor import QuantizedTensor
 CACHE_TYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 KEY_BLOCK, KEY_CHUNK = 16, 64  # kKeyBlock and kKeyChunk of plan.h
 # wider weights lose to rounded inputs more than 2 % of their own divergence
-INT8_MOST_BITS, BF16_MOST_BITS = 4, 6
+INT8_MOST_BITS, BF16_MOST_BITS = 4, 7
 ALIGNMENT = 64  # of keys and values: vectors that straddle cache lines load at half the speed
 
 
@@ -86,9 +86,9 @@ def load(
     cache_dtype: of keys and values, "fp32" or "fp16"; where None, fp32 with "float" and else fp16,
     which rounds less than the inputs are rounded. threads: default_threads() where None.
     arithmetic: "float" (exact), "int8" or "int16" (inputs of quantized layers rounded to that many
-    bits), "bf16" (int16, and bf16 for prompts where there is AMX), or "fast", the fastest of them
-    that adds at most 2 % to the weights' own divergence. isa: an instruction set instead of the
-    best. Raises KbitError for unknown options and tensors that don't fit.
+    bits), "bf16" (int16, and bf16 for prompts where the processor has it), or "fast", the fastest
+    of them that adds at most 2 % to the weights' own divergence. isa: an instruction set instead
+    of the best. Raises KbitError for unknown options and tensors that don't fit.
     """
     assert device == "cpu"
     if dtype != "fp32":
@@ -116,7 +116,7 @@ def _known(option: str, value: str, known: Sequence[str] | dict[str, np.dtype]) 
 
 def fast_arithmetic(checkpoint: Weights, decoder: Decoder) -> str:
     """What benchmarks/results/arithmetic-*.json allow: int8 for models of up to 4 bits, bf16 for
-    those of up to 6, int16 for others. The widest matrix decides; one that isn't quantized counts
+    those of up to 7, int16 for others. The widest matrix decides; one that isn't quantized counts
     for nothing, its products are exact anyway."""
     tensors = (checkpoint.tensor(i.name) for i in decoder.tensors.values() if len(i.shape) == 2)
     widths = [t.spec.bits for t in tensors if isinstance(t, QuantizedTensor)]

@@ -168,8 +168,8 @@ def test_quantized_weights_agree_with_torch(
     [
         (("nf4-b64", "int2-b32"), "int8"),
         (("nf4-b64", "int5-b64"), "bf16"),
-        (("int6-b64", "int7-b64"), "int16"),
-        (("int8-b64",), "int16"),
+        (("int6-b64", "int7-b64"), "bf16"),
+        (("int7-b64", "int8-b64"), "int16"),
     ],
 )
 def test_fast_arithmetic_is_the_measured_one(

@@ -296,7 +296,7 @@ static void load_amx(const Input& in, const float* x, int64_t stride, int64_t be
     for (int64_t column = 0; column < cols; column += stretch) {
       const int columns = static_cast<int>((least(stretch, cols - column) + 63) / 64 * 64);
       const float* staged = stage(in, x + token * stride, token, column, columns, outlier, room);
-      (in.arithmetic == kInt16 ? AmxDigits::load : AmxBf16::load)(in, token, column, columns, staged);
+      (in.digits ? AmxDigits::load : AmxBf16::load)(in, token, column, columns, staged);
     }
   }
 }
@@ -310,7 +310,7 @@ static void load_columns_amx(const Input& in, const float* x, int64_t token, int
 static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
                          int64_t end) {
   if (!in.panels) kKernels.multiply(m, in, y, stride, begin, end);
-  else if (in.arithmetic == kInt16) run_amx<AmxDigits>(m, in, y, stride, begin, end);
+  else if (in.digits) run_amx<AmxDigits>(m, in, y, stride, begin, end);
   else run_amx<AmxBf16>(m, in, y, stride, begin, end);
 }
 

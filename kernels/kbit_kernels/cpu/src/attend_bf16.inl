@@ -218,7 +218,7 @@ struct Bf16Attend {
         soften(job, chunk);
         weigh(job, chunk);
       } else {
-        weigh_all<E>(job, v, chunk, soften_all(job, chunk), nullptr);
+        weigh_all<E>(job, v, chunk, soften_all<exp>(job, chunk), nullptr);
       }
     });
   }
@@ -232,7 +232,7 @@ static void attend_bf16(const Attend& job) {
   else parts.template run<float>(job);
 }
 
-// silu to 2^-12, for what is then rounded to bytes or bf16; NaN stays NaN.
+// silu to 2^-12, for what is then rounded; NaN stays NaN.
 static inline Vec rough_silu(Vec x) {
   const Vec low = splat(-88.0f), y = x < low ? low : x;
   return x * (Vec)_mm512_rcp14_ps((__m512)(splat(1.0f) + rough_exp(-y)));
@@ -243,6 +243,8 @@ static void rough_activate(int32_t kind, const float* gate, const float* up, flo
   gated(gate, up, out, n, [](Vec x) { return rough_silu(x); });
 }
 
+static const LayerKernels kInt16Layers = {norm,   add,       scale,       rough_activate, softcap,
+                                          rotate, store_key, store_value, attend<rough_exp>};
 static const LayerKernels kBf16Layers = {norm,   add,       scale,       rough_activate,         softcap,
                                          rotate, store_key, store_value, attend_bf16<DotProduct>};
 

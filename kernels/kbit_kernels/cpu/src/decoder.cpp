@@ -27,10 +27,9 @@ const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
     case kAmx:
       if (arithmetic == kFloat) return avx512_layers;
       return arithmetic == kInt16 ? amx_layers : amx_bf16_layers;
-    case kAvx512: {
-      const bool rounds = arithmetic == kInt8 || arithmetic == kBf16Prompt;
-      return rounds && avx512_bf16_layers && has_avx512_bf16() ? avx512_bf16_layers : avx512_layers;
-    }
+    case kAvx512:
+      if (arithmetic == kFloat || !avx512_int16_layers) return avx512_layers;
+      return arithmetic == kInt16 || !has_avx512_bf16() ? avx512_int16_layers : avx512_bf16_layers;
     case kAvxVnni:
     case kAvx2: return avx2_layers;
     case kNeon: return neon_layers;

@@ -29,9 +29,9 @@ enum ScaleType : int32_t { kScaleFp32 = 0, kScaleFp16 = 1, kScaleBf16 = 2, kScal
 // float: weights dequantized in registers, fp32 sums. int8: inputs rounded to 8 bits a block, integer
 // dot products; where 16 bits cost no more (codebooks of more than 16 entries, many tokens without
 // an instruction for bytes) inputs and weights have 16; many tokens with AMX: both are bf16. int16:
-// 16 bits everywhere; its error is some 100 times smaller than int8's. bf16: int16, but int8's bf16
-// where that takes it, and for integers of 5 bits 8 with a scale for every 8 columns or fewer (a
-// single token) or every 16 (from 5 tokens on).
+// 16 bits everywhere; its error is some 100 times smaller than int8's. bf16: int16, but of up to 6 bits
+// int8's bf16 where that takes it, a prompt's attention in bf16, and for integers of 5 bits 8 with a
+// scale for every 8 columns or fewer (a single token) or every 16 (from 5 tokens on).
 // Plain matrices always use float.
 enum Arithmetic : int32_t { kFloat = 0, kInt8 = 1, kInt16 = 2, kBf16Prompt = 3 };
 
@@ -116,7 +116,7 @@ class Input {
   // Columns [column, column + count) of a token from x[0, count): multiples of 64, but for the last columns, whose x
   // has zeros up to one.
   bool loads_columns() const {
-    return matrix->tensor.n_outliers == 0 && (group > 1 || (panels && arithmetic != kInt16));
+    return matrix->tensor.n_outliers == 0 && (group > 1 || (panels && !digits));
   }
   void load_columns(const float* x, int64_t token, int64_t column, int64_t count);
 
@@ -135,14 +135,14 @@ class Input {
   int32_t width = 0;           // bits of a value: 32 (kFloat), 8, or 16 (see kInt8)
   int32_t limit = 0;           // the largest magnitude of an integer value
   int32_t order = 0;           // of bytes; see order_of
-  bool digits = false;         // a single token's 16-bit values as two planes of bytes, the upper first
+  bool digits = false;         // 16-bit values of a single token, or of panels, as two planes of bytes, the upper first
   bool fine = false;           // a single token's bytes have a scale for each lane of a product, in `lanes`
   bool pieces = false;         // tokens' bytes have a scale for each piece of a block, in `lanes`
   bool summed = false;         // tokens' integers are for products of sums (see Way in tile.inl)
   // Tokens that a tile is multiplied with at once lie together, 64 columns of each after the other: products read
   // memory in order, and what computes few columns of many tokens writes to few places. 1: others.
   int64_t group = 1;
-  bool panels = false;         // for AMX: bf16, or (kInt16) two planes of bytes a token; see amx.inl
+  bool panels = false;         // for AMX: bf16, or two planes of bytes a token; see amx.inl
   void* values = nullptr;      // [T / group, padded / 64, group, 64] float, int8_t, 16 bits or two bytes
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
   float* scales = nullptr;     // [T / group, blocks, group], integers only; 1 where there are `lanes`

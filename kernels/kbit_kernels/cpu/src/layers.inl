@@ -310,8 +310,9 @@ static inline bool soften_all(const Attend& job, int64_t chunk, Put put) {
 }
 
 // The same in place of the scores.
+template <Vec (*EXP)(Vec)>
 static bool soften_all(const Attend& job, int64_t chunk) {
-  return soften_all<exp>(job, chunk, [&](int64_t row, int64_t j, Vec v, Vec w) {
+  return soften_all<EXP>(job, chunk, [&](int64_t row, int64_t j, Vec v, Vec w) {
     store(job.scratch + row * kKeyChunk + j, v);
     store(job.scratch + row * kKeyChunk + j + kLanes, w);
   });
@@ -347,14 +348,14 @@ static void weigh_all(const Attend& job, const E* values, int64_t chunk, bool fu
   }
 }
 
-template <class E>
+template <Vec (*EXP)(Vec), class E>
 static void attend_chunk(const Attend& job, const E* keys, const E* values, int64_t chunk) {
 #define KBIT_SCORES(R) \
   scores<E, R>(job.q + row * job.padded, job.padded, keys, job.head_dim, row == 0 ? values : nullptr, \
                job.scratch + row * kKeyChunk)
   KBIT_BY_ROWS(job.rows, KBIT_SCORES)
 #undef KBIT_SCORES
-  weigh_all(job, values, chunk, soften_all(job, chunk), keys + kKeyChunk * job.head_dim);
+  weigh_all(job, values, chunk, soften_all<EXP>(job, chunk), keys + kKeyChunk * job.head_dim);
 }
 
 // f(keys, values, chunk) of every chunk that a row sees, after peaks, totals and sums were cleared.
@@ -375,25 +376,27 @@ static inline void each_chunk(const Attend& job, F f) {
   }
 }
 
-template <class E>
+template <Vec (*EXP)(Vec), class E>
 static void attend_all(const Attend& job) {
   const bool widen = sizeof(E) != sizeof(float) && job.rows > 8;
   each_chunk<E>(job, [&](const E* keys, const E* values, int64_t chunk) {
-    if (!widen) return attend_chunk<E>(job, keys, values, chunk);
+    if (!widen) return attend_chunk<EXP>(job, keys, values, chunk);
     float* wide_keys = job.scratch + job.rows * kKeyChunk;
     float* wide_values = wide_keys + kKeyChunk * job.padded;
     for (int64_t i = 0; i < kKeyChunk * job.head_dim; i += kLanes) store(wide_keys + i, load(keys + i));
     for (int64_t i = 0; i < kKeyChunk * job.padded; i += kLanes) store(wide_values + i, load(values + i));
-    attend_chunk<float>(job, wide_keys, wide_values, chunk);
+    attend_chunk<EXP>(job, static_cast<const float*>(wide_keys), static_cast<const float*>(wide_values), chunk);
   });
 }
 
+// EXP: e to a number.
+template <Vec (*EXP)(Vec) = exp>
 static void attend(const Attend& job) {
-  if (job.type == kCacheFp16) attend_all<Half>(job);
-  else attend_all<float>(job);
+  if (job.type == kCacheFp16) attend_all<EXP, Half>(job);
+  else attend_all<EXP, float>(job);
 }
 
 #undef KBIT_BY_ROWS
 
 static const LayerKernels kLayers = {norm,   add,       scale,       activate, softcap,
-                                     rotate, store_key, store_value, attend};
+                                     rotate, store_key, store_value, attend<>};

@@ -36,8 +36,10 @@ namespace avx512_layer {
 
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
 #if defined(KBIT_BF16)
+const kbit::LayerKernels* const kbit::avx512_int16_layers = &kbit::avx512_layer::kInt16Layers;
 const kbit::LayerKernels* const kbit::avx512_bf16_layers = &kbit::avx512_layer::kBf16Layers;
 #else
+const kbit::LayerKernels* const kbit::avx512_int16_layers = nullptr;
 const kbit::LayerKernels* const kbit::avx512_bf16_layers = nullptr;
 #endif
 #if defined(KBIT_AMX)
@@ -49,6 +51,7 @@ const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;
 #endif
 #else
 const kbit::LayerKernels* const kbit::avx512_layers = nullptr;
+const kbit::LayerKernels* const kbit::avx512_int16_layers = nullptr;
 const kbit::LayerKernels* const kbit::avx512_bf16_layers = nullptr;
 const kbit::LayerKernels* const kbit::amx_layers = nullptr;
 const kbit::LayerKernels* const kbit::amx_bf16_layers = nullptr;

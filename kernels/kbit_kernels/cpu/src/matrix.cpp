@@ -230,6 +230,11 @@ bool input_panels(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   return arithmetic != kFloat && !matrix.plain() && from != 0 && tokens >= from;
 }
 
+// Whether panels are of integers: bf16 adds more than 2 percent to the error of 7 bits (results/arithmetic-*.json).
+bool panel_digits(const Matrix& matrix, Arithmetic arithmetic) {
+  return arithmetic == kInt16 || (arithmetic == kBf16Prompt && matrix.tensor.bits > 6);
+}
+
 bool input_fine(const Matrix& matrix, Arithmetic arithmetic, int64_t tokens) {
   const bool rounds = arithmetic == kInt8 || arithmetic == kBf16Prompt;
   return rounds && tokens == 1 && matrix.step == kStep && matrix.tensor.storage < kCodebook &&
@@ -304,7 +309,7 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   outlier_group = tiled ? for_matrix.kernels->group(32) : 1;
   outlier_room = (for_matrix.tensor.n_outliers + kStep - 1) / kStep * kStep;
   const Layout layout = layout_of(for_matrix, width, count);
-  order = layout.order, digits = layout.digits;
+  order = layout.order, digits = panels ? panel_digits(for_matrix, arithmetic) : layout.digits;
   fine = input_fine(for_matrix, arithmetic, count);
   pieces = input_pieces(for_matrix, arithmetic, count);
   summed = input_summed(for_matrix, *this);

@@ -175,7 +175,7 @@ static inline Vec exp(Vec x) {
   return tiny ? Vec{} : y;
 }
 
-// e^x to 2^-13, for what is then rounded to bf16; 0 below -87.3, x at most 88; NaN stays NaN.
+// e^x to 2^-13, beside what is rounded; 0 below -87.3, x at most 88; NaN stays NaN.
 static inline Vec rough_exp(Vec x) {
   const Vec power = x * splat(1.44269504f), shifted = power + splat(12582912.0f);  // as in exp
   const Vec r = power - (shifted - splat(12582912.0f));
