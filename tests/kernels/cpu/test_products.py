@@ -157,9 +157,11 @@ def test_products_of_sums_of_bytes_are_exact(
     before = native.kbit_multiply_sums(1)
     found = matrix.linear(x, arithmetic="int8", pool=library.default_pool())
     native.kbit_multiply_sums(before)
-    largest = np.abs(weights).max(axis=1) + 16 * np.abs(tensor.scale_values()).max(axis=1)
-    worst = (np.abs(found - x @ weights.T) / (largest * np.sqrt(columns))).max()
-    assert worst <= 4e-6, (spec, worst)  # one integer more or less is 9e-6 or more
+    largest = np.abs(weights).max(axis=1)
+    if tensor.zeros is not None:  # they are taken off after rounding
+        largest += 16 * np.abs(tensor.scale_values()).max(axis=1)
+    bound = 4e-6 * largest * np.sqrt(columns)  # one integer more or less is 7e-6 or more
+    assert (np.abs(found - x @ weights.T) <= bound).all(), spec
 
 
 def test_every_float_format(isa: Isa, pool: Pool) -> None:

@@ -314,5 +314,5 @@ static void multiply_amx(const Matrix& m, const Input& in, float* y, int64_t str
   else run_amx<AmxBf16>(m, in, y, stride, begin, end);
 }
 
-static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine, group,
+static constexpr Kernels kAmxKernels = {load_amx, load_columns_amx, multiply_amx, dequantize, block_ranges, encode, order, digits, fine, tokens_at_once,
                                         kSumsTokens, kAmxTokens, kTileTokens, V::kByteBits, V::kByteCodebookBits};

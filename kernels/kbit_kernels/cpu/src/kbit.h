@@ -116,16 +116,16 @@ class Input {
   // Columns [column, column + count) of a token from x[0, count): multiples of 64, but for the last columns, whose x
   // has zeros up to one.
   bool loads_columns() const {
-    return matrix->tensor.n_outliers == 0 && (group > 1 || (panels && !digits));
+    return matrix->tensor.n_outliers == 0 && (together > 1 || (panels && !digits));
   }
   void load_columns(const float* x, int64_t token, int64_t column, int64_t count);
 
-  // Where a token's columns and blocks begin; the next 64 columns, and the next block, come `group` times that later.
-  int64_t values_of(int64_t token) const { return (token / group * padded * group) + token % group * 64; }
-  int64_t blocks_of(int64_t token) const { return (token / group * blocks * group) + token % group; }
+  // Where a token's columns and blocks begin; the next 64 columns, and the next block, come `together` times that later.
+  int64_t values_of(int64_t token) const { return (token / together * padded * together) + token % together * 64; }
+  int64_t blocks_of(int64_t token) const { return (token / together * blocks * together) + token % together; }
   // The same of outlier columns.
   int64_t outliers_of(int64_t token) const {
-    return (token / outlier_group * outlier_room * outlier_group) + token % outlier_group * 64;
+    return (token / outlier_together * outlier_room * outlier_together) + token % outlier_together * 64;
   }
 
   const Matrix* matrix = nullptr;
@@ -139,19 +139,19 @@ class Input {
   bool fine = false;           // a single token's bytes have a scale for each lane of a product, in `lanes`
   bool pieces = false;         // tokens' bytes have a scale for each piece of a block, in `lanes`
   bool summed = false;         // tokens' integers are for products of sums (see Way in tile.inl)
-  // Tokens that a tile is multiplied with at once lie together, 64 columns of each after the other: products read
-  // memory in order, and what computes few columns of many tokens writes to few places. 1: others.
-  int64_t group = 1;
+  // As many tokens as a tile is multiplied with at once lie together, 64 columns of each after the other: products read
+  // memory in order, and what computes few columns of many tokens writes to few places. Others lie one by one.
+  int64_t together = 1;
   bool panels = false;         // for AMX: bf16, or two planes of bytes a token; see amx.inl
-  void* values = nullptr;      // [T / group, padded / 64, group, 64] float, int8_t, 16 bits or two bytes
+  void* values = nullptr;      // [T / together, padded / 64, together, 64] float, int8_t, 16 bits or two bytes
   int64_t blocks = 0;          // padded / step, and zeros up to whole vectors
-  float* scales = nullptr;     // [T / group, blocks, group], integers only; 1 where there are `lanes`
+  float* scales = nullptr;     // [T / together, blocks, together], integers only; 1 where there are `lanes`
   float* lanes = nullptr;      // fine: a vector for each vector of sums of a row; pieces: kPieces for each of `scales`
   float* sums = nullptr;       // as `scales`, of the values as they were rounded
   int32_t* begins = nullptr;   // as `scales`, what sums of integers begin with (see Tile)
-  float* outliers = nullptr;   // [T / outlier_group, outlier_room / 64, outlier_group, 64]: the values of the outlier
+  float* outliers = nullptr;   // [T / outlier_together, outlier_room / 64, outlier_together, 64]: the values of the outlier
                                // columns, which are 0 above
-  int64_t outlier_group = 1, outlier_room = 0;
+  int64_t outlier_together = 1, outlier_room = 0;
 
  private:
   void* memory_ = nullptr;

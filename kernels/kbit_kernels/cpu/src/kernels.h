@@ -40,7 +40,7 @@ struct Kernels {
   // kBf16Prompt: they add less than 2 percent to the weights' own error there
   // (results/arithmetic-*.json).
   bool (*fine)(int32_t bits);
-  int64_t (*group)(int32_t width);  // tokens that a tile is multiplied with at once
+  int64_t (*tokens_at_once)(int32_t width);  // that a tile is multiplied with
   int64_t sums_tokens;  // from so many on (0: never) tiles may multiply sums (Input::summed)
   int64_t amx_tokens;  // from so many on (0: never) rounded inputs are Input::panels
   // From this many tokens on, `multiply` unpacks tiles of rows. They take 8-bit inputs with integer
@@ -79,6 +79,21 @@ constexpr bool kCompactBuild = false;
 
 constexpr int kStep = 64;  // columns of one step of a kernel; inputs are padded to it
 constexpr int kPieces = 4;  // of a block of 64 columns: piece p has columns 4p to 4p + 3 of every 16
+
+// The part of a V (see simd_portable.h) that cannot multiply sums: names for code that is never reached.
+struct NoSums {
+  static constexpr bool kSums = false;
+  template <class... A>
+  static inline __attribute__((always_inline)) void tile_sums(const A&...) {}
+  template <class I, class... A>
+  static inline __attribute__((always_inline)) I cross_weights(I acc, A...) { return acc; }
+  template <class I>
+  static inline __attribute__((always_inline)) I cross16(I acc, I) { return acc; }
+  template <class I>
+  static inline __attribute__((always_inline)) I cross8(I acc, I) { return acc; }
+  template <class I>
+  static inline __attribute__((always_inline)) I summand8(I x, int) { return x; }
+};
 
 // How far ahead codes and scales are asked for, in bytes. Processors see neither stream coming in
 // time: a row is short, and a page ends after 4 KB. Scales matter as much as codes, since a row

@@ -305,8 +305,8 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   width = input_width(for_matrix, arithmetic, count);
   panels = input_panels(for_matrix, arithmetic, count);
   const bool tiled = count >= for_matrix.kernels->tile_tokens;
-  group = tiled && !panels ? for_matrix.kernels->group(width) : 1;
-  outlier_group = tiled ? for_matrix.kernels->group(32) : 1;
+  together = tiled && !panels ? for_matrix.kernels->tokens_at_once(width) : 1;
+  outlier_together = tiled ? for_matrix.kernels->tokens_at_once(32) : 1;
   outlier_room = (for_matrix.tensor.n_outliers + kStep - 1) / kStep * kStep;
   const Layout layout = layout_of(for_matrix, width, count);
   order = layout.order, digits = panels ? panel_digits(for_matrix, arithmetic) : layout.digits;
@@ -320,10 +320,10 @@ void Input::shape(const Matrix& for_matrix, Arithmetic wanted, int64_t count) {
   blocks = (padded / for_matrix.step + 4 + 15) / 16 * 16;
   const auto whole = [count](int64_t of) { return (count + of - 1) / of * of; };
   // AMX reads 16 tokens at a time
-  const int64_t room = for_matrix.isa == kAmx && count > 1 && group == 1 ? whole(16) : whole(group);
+  const int64_t room = for_matrix.isa == kAmx && count > 1 && together == 1 ? whole(16) : whole(together);
   const size_t values_bytes = rounded(room * padded * (width / 8));
-  const size_t block_bytes = rounded(whole(group) * blocks * 4);
-  const size_t outlier_bytes = rounded(whole(outlier_group) * outlier_room * 4);
+  const size_t block_bytes = rounded(whole(together) * blocks * 4);
+  const size_t outlier_bytes = rounded(whole(outlier_together) * outlier_room * 4);
   const size_t lane_bytes = fine ? 16 * block_bytes : pieces ? kPieces * block_bytes : 0;
   const size_t bytes = values_bytes + 3 * block_bytes + lane_bytes + outlier_bytes;
   if (bytes > capacity_) {

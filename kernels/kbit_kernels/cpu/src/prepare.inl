@@ -220,7 +220,7 @@ static inline const float* stage(const Input& input, const float* x, int64_t tok
   std::memset(room + count, 0, sizeof(float) * static_cast<size_t>(padded - count));
   for (; outlies(); ++outlier) {
     float& value = room[t.outlier_columns[outlier] - column];
-    input.outliers[input.outliers_of(token) + outlier / kStep * kStep * input.outlier_group + outlier % kStep] = value;
+    input.outliers[input.outliers_of(token) + outlier / kStep * kStep * input.outlier_together + outlier % kStep] = value;
     value = 0;
   }
   return room;
@@ -232,9 +232,9 @@ static inline void load_blocks(const Input& input, const Lanes& places, int32_t 
                                int64_t column, int64_t count, int8_t* bytes, int16_t* words) {
   const int step = input.matrix->step;
   const int64_t first = input.values_of(token);
-  int64_t block = input.blocks_of(token) + (column >> log2_of(step)) * input.group;
-  for (int64_t i = 0; i < count; i += step, block += input.group) {
-    const int64_t at = first + (column + i) / kStep * kStep * input.group + (column + i) % kStep;
+  int64_t block = input.blocks_of(token) + (column >> log2_of(step)) * input.together;
+  for (int64_t i = 0; i < count; i += step, block += input.together) {
+    const int64_t at = first + (column + i) / kStep * kStep * input.together + (column + i) % kStep;
     if (input.width == 8) {
       int8_t* const out = bytes != nullptr ? bytes + i : static_cast<int8_t*>(input.values) + at;
       if (input.fine) load_lanes(input, x + i, places.apart(block), out, block, input.lanes + places.at(block));
@@ -270,7 +270,7 @@ static void load(const Input& input, const float* x, int64_t stride, int64_t beg
   alignas(64) int16_t words[kColumns];
   for (int64_t token = begin; token < end; ++token) {
     int outlier = 0;
-    if (input.group == 1) {
+    if (input.together == 1) {
       const size_t block_bytes = sizeof(float) * static_cast<size_t>(input.blocks);
       std::memset(input.scales + token * input.blocks, 0, block_bytes);
       std::memset(input.sums + token * input.blocks, 0, block_bytes);

@@ -127,7 +127,7 @@ static void encode(const Weights& w, const Rounding& how, uint8_t* codes, int64_
 static int32_t order(int32_t bits) { return V::order(bits); }
 static bool digits(int32_t bits) { return V::digits(bits); }
 static bool fine(int32_t bits) { return V::fine(bits); }
-static int64_t group(int32_t width) { return V::tokens(width); }
+static int64_t tokens_at_once(int32_t width) { return V::tokens(width); }
 
-static constexpr Kernels kKernels = {load, load_columns, multiply, dequantize, block_ranges, encode, order, digits, fine, group, kSumsTokens, 0,
+static constexpr Kernels kKernels = {load, load_columns, multiply, dequantize, block_ranges, encode, order, digits, fine, tokens_at_once, kSumsTokens, 0,
                                      kTileTokens, V::kByteBits, V::kByteCodebookBits};

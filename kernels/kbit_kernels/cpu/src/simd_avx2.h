@@ -1,7 +1,7 @@
 // AVX2 with FMA and F16C: 32 codes at a time. See simd_portable.h for what V must have. Included in
 // the namespace of an instruction set, which has kVnni: whether there are AVX-VNNI's products of bytes.
 
-struct V {
+struct V : NoSums {
   static constexpr int kFloats = 8, kCodes = 32;
   static constexpr int kTileVectors = 2;
   static constexpr int tokens(int width) { return width == 8 && kPairSums ? 4 : 6; }
@@ -424,14 +424,6 @@ struct V {
         : [w] "x"(w), [x] "x"(x), [ones] "x"(_mm256_set1_epi16(1)));
     return acc;
   }
-  static constexpr bool kSums = false;
-  template <class X>
-  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const X*) {}
-  template <class E>
-  static I cross_weights(I acc, I, I, E) { return acc; }
-  static I cross16(I acc, I) { return acc; }
-  static I cross8(I acc, I) { return acc; }
-  static I summand8(I x, int) { return x; }
   static I pair8(I w, I x) { return _mm256_maddubs_epi16(w, x); }
   static I add_pair8(I acc, I w, I x) {
     I products;

@@ -27,7 +27,7 @@
 namespace kbit {
 namespace portable {
 
-struct V {
+struct V : NoSums {
   static constexpr int kFloats = 4, kCodes = 32;
   static constexpr int kTileVectors = 2;
   static constexpr int tokens(int) { return 4; }
@@ -247,14 +247,6 @@ struct V {
   static I pair8(I, I) { return izero(); }
   static I add_pair8(I acc, I, I) { return acc; }
   static I widen_pairs(I a) { return a; }
-  static constexpr bool kSums = false;
-  template <class X>
-  static void tile_sums(I (&)[kTileVectors], const I (&)[kTileVectors], const I (&)[kTileVectors], const X*) {}
-  template <class E>
-  static I cross_weights(I acc, I, I, E) { return acc; }
-  static I cross16(I acc, I) { return acc; }
-  static I cross8(I acc, I) { return acc; }
-  static I summand8(I x, int) { return x; }
   static I tile16(I acc, I w, I x) {
     int16_t a[8], b[8];
     std::memcpy(a, &w, sizeof a);

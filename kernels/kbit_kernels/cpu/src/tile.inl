@@ -135,7 +135,7 @@ struct Tile {
   static constexpr int kWord = 32 / WIDTH;  // elements of a 32-bit lane
   static constexpr int kV = V::kTileVectors;
   static constexpr int kColumns = V::tile_columns(WIDTH);
-  static constexpr int kGroup = V::tokens(WIDTH);
+  static constexpr int kTogether = V::tokens(WIDTH);
 
   alignas(64) E weights[kColumns * kTileRows];  // [columns / kWord][kTileRows][kWord]
   alignas(64) float scale[kColumns / 16][kTileRows], offset[kColumns / 16][kTileRows];
@@ -206,7 +206,7 @@ struct Tile {
     transpose((columns + V::kFloats - 1) / V::kFloats * V::kFloats);
   }
 
-  // What follows takes weights from the tile at a column on, and x as it lies from that column on, see Input::group.
+  // What follows takes weights from the tile at a column on, and x as it lies from that column on, see Input::together.
 
   // sums[t][v] = f(sums[t][v], rows of vector v, token t's values) at the word of column k.
   template <int T, class F>
@@ -287,7 +287,7 @@ struct Tile {
     }
   }
 
-  // y += the tile times tokens [token, token + T) of a group, x from its tile's first column on, in block `block`.
+  // y += the tile times tokens [token, token + T), which lie together, x from its tile's first column on, in block `block`.
   // OFFSETS: what is added to a weight differs from block to block; else it is in what the sums begin with.
   template <int T, bool OFFSETS, Way WAY>
   void product(const Input& in, const X* x, int64_t token, int64_t block, int columns, float* y, int64_t stride,
@@ -304,11 +304,11 @@ struct Tile {
                                           : V::load_part(from, count);
       }
     }
-    constexpr int64_t kChunk = kGroup * kStep;  // of 64 columns
-    x += token % kGroup * kStep;
+    constexpr int64_t kChunk = kTogether * kStep;  // of 64 columns
+    x += token % kTogether * kStep;
     if constexpr (WAY == kOfPieces) {
-      int64_t first = in.blocks_of(token) + block * kGroup;
-      for (int b = 0; b * kStep < columns; ++b, x += kChunk, first += kGroup) {
+      int64_t first = in.blocks_of(token) + block * kTogether;
+      for (int b = 0; b * kStep < columns; ++b, x += kChunk, first += kTogether) {
         V::F sums[T][kV];
         KBIT_UNROLL
         for (int t = 0; t < T; ++t) {
@@ -354,11 +354,11 @@ struct Tile {
       }
     } else {
       const int step = in.matrix->step;
-      int64_t first = in.blocks_of(token) + block * kGroup;
+      int64_t first = in.blocks_of(token) + block * kTogether;
       const E* w = weights;
       const Tensor& tensor = in.matrix->tensor;
       const int pairs = least(V::pair_words(tensor.bits, tensor.storage == kCodebook), step / kWord);
-      for (int b = 0; b * step < columns; ++b, first += kGroup, w += step * kTileRows) {
+      for (int b = 0; b * step < columns; ++b, first += kTogether, w += step * kTileRows) {
         const X* const at = x + b * step / kStep * kChunk + b * step % kStep;
         V::I dot[T][kV];
         KBIT_UNROLL
@@ -402,7 +402,7 @@ struct Tile {
   void products(const Input& in, const X* x, int64_t padded, int64_t block, int columns, float* y, int64_t stride,
                 int rows, bool fresh, int64_t token) const {
     for (; token + T <= in.tokens; token += T) {
-      product<T, OFFSETS, WAY>(in, x + token / kGroup * kGroup * padded, token, block, columns, y, stride, rows, fresh);
+      product<T, OFFSETS, WAY>(in, x + token / kTogether * kTogether * padded, token, block, columns, y, stride, rows, fresh);
     }
     if constexpr (T > 1) {
       products<T == 6 ? 4 : T / 2, OFFSETS, WAY>(in, x, padded, block, columns, y, stride, rows, fresh, token);
@@ -411,7 +411,7 @@ struct Tile {
 
   template <Way WAY>
   static auto products_of(bool offsets) {
-    return offsets ? &Tile::template products<kGroup, true, WAY> : &Tile::template products<kGroup, false, WAY>;
+    return offsets ? &Tile::template products<kTogether, true, WAY> : &Tile::template products<kTogether, false, WAY>;
   }
 
   static void run(const Matrix& m, const Input& in, float* y, int64_t stride, int64_t begin,
@@ -439,7 +439,7 @@ struct Tile {
         if constexpr (WIDTH != 32 && V::kSums) {
           if (in.summed) tile.cross_weights(columns, m);
         }
-        (tile.*products)(in, static_cast<const X*>(in.values) + column * kGroup, in.padded, column / m.step, columns,
+        (tile.*products)(in, static_cast<const X*>(in.values) + column * kTogether, in.padded, column / m.step, columns,
                          y + n, stride, rows, column == 0, 0);
       }
       if constexpr (WIDTH == 32) add_outliers(tile, m, in, y + n, stride, n, rows);
@@ -462,7 +462,7 @@ struct Tile {
     for (int j = 0; j < m.tensor.n_outliers; j += Tile<32>::kColumns) {
       const int columns = least(Tile<32>::kColumns, m.tensor.n_outliers - j);
       tile.fill_outliers(m, first, rows, j, columns);
-      tile.template products<Tile<32>::kGroup, false>(in, in.outliers + j * Tile<32>::kGroup, in.outlier_room, 0, columns,
+      tile.template products<Tile<32>::kTogether, false>(in, in.outliers + j * Tile<32>::kTogether, in.outlier_room, 0, columns,
                                                       y, stride, rows, false, 0);
     }
   }
