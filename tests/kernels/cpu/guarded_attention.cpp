@@ -21,19 +21,24 @@ float half_value(uint16_t bits) {  // of a normal number
   return std::ldexp((bits & 0x8000 ? -1.0f : 1.0f) * static_cast<float>(1024 + (bits & 0x3ff)), (bits >> 10 & 31) - 25);
 }
 
-// `count` numbers of a cache at `at`; returns them as floats.
-std::vector<float> fill(Guarded* buffer, int32_t type, size_t count, const void** at) {
+// `count` numbers of a cache at `at`, those for which `poisoned(i)` NaN or far too large; returns them as floats.
+template <class F>
+std::vector<float> fill(Guarded* buffer, int32_t type, size_t count, const void** at, F poisoned) {
   std::vector<float> result(count);
   if (type == kbit::kCacheFp16) {
     uint16_t* to = buffer->last<uint16_t>(count);
     for (size_t i = 0; i < count; ++i) {
       to[i] = static_cast<uint16_t>(0x3400 + next(0x800) + 0x8000 * next(2));
       result[i] = half_value(to[i]);
+      if (poisoned(i)) to[i] = i % 2 ? 0x7e00 : 0x7bff, result[i] = std::nanf("");
     }
     *at = to;
   } else {
     float* to = buffer->last<float>(count);
-    for (size_t i = 0; i < count; ++i) result[i] = to[i] = uniform();
+    for (size_t i = 0; i < count; ++i) {
+      result[i] = to[i] = uniform();
+      if (poisoned(i)) to[i] = i % 2 ? std::nanf("") : 1e30f, result[i] = std::nanf("");
+    }
     *at = to;
   }
   return result;
@@ -57,8 +62,15 @@ bool run(const kbit::LayerKernels& kernels, int64_t rows, int64_t head_dim, int3
     slope[r] = 0.01f * static_cast<float>(r % 8);
   }
   job.q = q, job.low = low, job.high = high, job.position = position, job.slopes = next(2) ? slope : nullptr;
-  const std::vector<float> k = fill(&keys, type, static_cast<size_t>(kCapacity * head_dim), &job.keys);
-  const std::vector<float> v = fill(&values, type, static_cast<size_t>(kCapacity * padded), &job.values);
+  // Memory behind the last key that is seen holds anything, and sometimes so does a key that some rows see.
+  const int64_t end = *std::max_element(high, high + n), bad = next(4) ? -1 : next(kCapacity);
+  const auto poisoned = [&](int64_t position) { return position >= end || position == bad; };
+  const std::vector<float> k = fill(&keys, type, static_cast<size_t>(kCapacity * head_dim), &job.keys, [&](size_t i) {
+    const auto at = static_cast<int64_t>(i), block = kbit::kKeyBlock * head_dim;
+    return poisoned(at / block * kbit::kKeyBlock + at % kbit::kKeyBlock);
+  });
+  const std::vector<float> v = fill(&values, type, static_cast<size_t>(kCapacity * padded), &job.values,
+                                    [&](size_t i) { return poisoned(static_cast<int64_t>(i) / padded); });
   job.peak = peaks.last<float>(n), job.total = totals.last<float>(n), job.sum = sums.last<float>(n * width);
   job.scratch = scratch.last<float>(static_cast<size_t>(kbit::attend_scratch(rows, padded)));
   kernels.attend(job);
@@ -81,6 +93,12 @@ bool run(const kbit::LayerKernels& kernels, int64_t rows, int64_t head_dim, int3
     }
     for (int64_t j = low[r]; j < high[r]; ++j) total += weight[static_cast<size_t>(j)] = std::exp(weight[static_cast<size_t>(j)] - peak);
     if (low[r] >= high[r]) worst = std::max(worst, std::fabs(static_cast<double>(job.total[r])));
+    if (low[r] <= bad && bad < high[r]) {  // NaN or infinite, or so large that its weight is all
+      bool told = false;
+      for (int64_t d = 0; d < head_dim; ++d) told = told || !(std::fabs(job.sum[r * padded + d] / job.total[r]) < 100);
+      if (!told) worst = HUGE_VAL;
+      continue;
+    }
     for (int64_t d = 0; d < head_dim && low[r] < high[r]; ++d) {
       double sum = 0;
       for (int64_t j = low[r]; j < high[r]; ++j) sum += weight[static_cast<size_t>(j)] * v[static_cast<size_t>(j * padded + d)];
@@ -122,7 +140,9 @@ int main() {
     double tolerance, silu;
   } sets[] = {{kbit::kPortable, kbit::portable_layers, 1e-5, 1e-6},
               {kbit::kAvx2, kbit::avx2_layers, 1e-5, 1e-6},
+              {kbit::kAvx2, kbit::avx2_int16_layers, 4e-4, 0x1p-12},
               {kbit::kAvx512, kbit::avx512_layers, 1e-5, 1e-6},
+              {kbit::kAvx512, kbit::avx512_int16_layers, 4e-4, 0x1p-12},
               {kbit::kAvx512, kbit::avx512_bf16_layers, 4e-3, 0x1p-12},
               {kbit::kAmx, kbit::amx_layers, 1e-4, 1e-6},
               {kbit::kAmx, kbit::amx_bf16_layers, 4e-3, 0x1p-12},

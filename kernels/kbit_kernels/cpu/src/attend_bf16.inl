@@ -79,17 +79,12 @@ struct DotProduct {
 template <class PRODUCT>
 struct Bf16Attend {
   static constexpr int PARTS = PRODUCT::kParts;
-  static constexpr int64_t kMostRows = 96, kMostWidth = 256;  // of queries, and of their heads
   // Upper and lower parts, two rows of keys or values in a lane: pairs of dimensions by keys, and
   // pairs of keys by dimensions.
   alignas(64) uint32_t keys[PARTS][kMostWidth / 2][kKeyChunk];
   alignas(64) uint32_t values[PARTS][kKeyChunk / 2][kMostWidth];
   alignas(64) uint16_t q[PARTS][kMostRows][kMostWidth], weights[PARTS][kMostRows][kKeyChunk];
   alignas(64) float part[16][32];
-
-  static bool takes(const Attend& job) {
-    return job.rows >= 16 && job.rows <= kMostRows && job.head_dim <= kMostWidth;
-  }
 
   struct Parts {
     __m512i upper, lower;  // in the upper halves of lanes
@@ -139,13 +134,6 @@ struct Bf16Attend {
     }
   }
 
-  // Keys of a chunk that some of the 16 rows from `row` on see, in halves.
-  static int64_t seen(const Attend& job, int64_t row, int64_t chunk) {
-    int64_t most = chunk;
-    for (int64_t r = row; r < std::min(row + 16, job.rows); ++r) most = std::max(most, job.high[r]);
-    return up_to_half(std::min(most - chunk, kKeyChunk));
-  }
-
   template <class E>
   void score(const Attend& job, int64_t chunk, const E* from) {
     const int64_t pairs = (job.head_dim + 31) / 32 * 16, block = job.head_dim * kKeyBlock;
@@ -157,8 +145,8 @@ struct Bf16Attend {
                   keys[0][pair] + b * kKeyBlock, keys[kLower][pair] + b * kKeyBlock);
       }
     }
-    for (int64_t row = 0; row < job.rows; row += 16) {
-      const int64_t end = seen(job, row, chunk);
+    for (int64_t row = 0; row < job.rows; row += kGroup) {
+      const int64_t end = seen_of(job, row, chunk);
       for (int64_t key = 0; key < end; key += 32) {
         PRODUCT::product(q[0][row], q[kLower][row], kMostWidth, keys[0][0] + key, keys[kLower][0] + key, kKeyChunk, pairs / 16,
                 job.scratch + row * kKeyChunk + key, kKeyChunk);
@@ -194,8 +182,8 @@ struct Bf16Attend {
   }
 
   void weigh(const Attend& job, int64_t chunk) {
-    for (int64_t row = 0; row < job.rows; row += 16) {
-      const int64_t steps = seen(job, row, chunk) / 32;
+    for (int64_t row = 0; row < job.rows; row += kGroup) {
+      const int64_t steps = seen_of(job, row, chunk) / 32;
       if (steps == 0) continue;
       for (int64_t d = 0; d < job.padded; d += 32) {
         float* sum = job.sum + row * job.padded + d;
@@ -226,25 +214,12 @@ struct Bf16Attend {
 
 template <class PRODUCT>
 static void attend_bf16(const Attend& job) {
-  if (!Bf16Attend<PRODUCT>::takes(job)) return attend(job);
+  if (!is_tile(job)) return attend(job);
   Bf16Attend<PRODUCT> parts;
   if (job.type == kCacheFp16) parts.template run<Half>(job);
   else parts.template run<float>(job);
 }
 
-// silu to 2^-12, for what is then rounded; NaN stays NaN.
-static inline Vec rough_silu(Vec x) {
-  const Vec low = splat(-88.0f), y = x < low ? low : x;
-  return x * (Vec)_mm512_rcp14_ps((__m512)(splat(1.0f) + rough_exp(-y)));
-}
-
-static void rough_activate(int32_t kind, const float* gate, const float* up, float* out, int64_t n) {
-  if (kind != kSilu) return activate(kind, gate, up, out, n);
-  gated(gate, up, out, n, [](Vec x) { return rough_silu(x); });
-}
-
-static const LayerKernels kInt16Layers = {norm,   add,       scale,       rough_activate, softcap,
-                                          rotate, store_key, store_value, attend<rough_exp>};
 static const LayerKernels kBf16Layers = {norm,   add,       scale,       rough_activate,         softcap,
                                          rotate, store_key, store_value, attend_bf16<DotProduct>};
 

@@ -28,10 +28,11 @@ const LayerKernels* layers_of(Isa isa, Arithmetic arithmetic) {
       if (arithmetic == kFloat) return avx512_layers;
       return arithmetic == kInt16 ? amx_layers : amx_bf16_layers;
     case kAvx512:
-      if (arithmetic == kFloat || !avx512_int16_layers) return avx512_layers;
-      return arithmetic == kInt16 || !has_avx512_bf16() ? avx512_int16_layers : avx512_bf16_layers;
+      if (arithmetic == kFloat) return avx512_layers;
+      if (arithmetic == kInt16 || !avx512_bf16_layers || !has_avx512_bf16()) return avx512_int16_layers;
+      return avx512_bf16_layers;
     case kAvxVnni:
-    case kAvx2: return avx2_layers;
+    case kAvx2: return arithmetic == kFloat ? avx2_layers : avx2_int16_layers;
     case kNeon: return neon_layers;
     default: return portable_layers;
   }

@@ -42,6 +42,7 @@ extern const LayerKernels* const avx2_layers;
 extern const LayerKernels* const neon_layers;
 extern const LayerKernels* const avx512_layers;
 // These round: for arithmetics that do so too. avx512_bf16_layers: where has_avx512_bf16 says so.
+extern const LayerKernels* const avx2_int16_layers;
 extern const LayerKernels* const avx512_int16_layers;
 extern const LayerKernels* const avx512_bf16_layers;
 extern const LayerKernels* const amx_layers;

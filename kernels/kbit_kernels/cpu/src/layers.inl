@@ -79,6 +79,17 @@ static inline void gated(const float* gate, const float* up, float* out, int64_t
   }
 }
 
+// silu to 2^-12, for what is then rounded; NaN stays NaN.
+static inline Vec rough_silu(Vec x) {
+  const Vec low = splat(-88.0f), y = x < low ? low : x;
+  const Vec below = splat(1.0f) + rough_exp(-y);
+#if KBIT_LANES == 16
+  return x * (Vec)_mm512_rcp14_ps((__m512)below);
+#else
+  return x / below;
+#endif
+}
+
 static void activate(int32_t kind, const float* gate, const float* up, float* out, int64_t n) {
   switch (kind) {
     case kSilu: return gated(gate, up, out, n, [](Vec x) { return silu(x); });
@@ -86,6 +97,11 @@ static void activate(int32_t kind, const float* gate, const float* up, float* ou
     case kGeluTanh: return gated(gate, up, out, n, [](Vec x) { return gelu_tanh(x); });
     default: return gated(gate, up, out, n, [](Vec x) { return relu(x); });
   }
+}
+
+static inline void rough_activate(int32_t kind, const float* gate, const float* up, float* out, int64_t n) {
+  if (kind != kSilu) return activate(kind, gate, up, out, n);
+  gated(gate, up, out, n, [](Vec x) { return rough_silu(x); });
 }
 
 static void softcap(float* x, int64_t n, float cap) {
@@ -244,6 +260,19 @@ static inline int64_t up_to_half(int64_t b) {
   return (b + kHalf - 1) / kHalf * kHalf;
 }
 
+// What a prompt's attention in products of 16 bits takes: so many queries, for heads so wide.
+constexpr int64_t kGroup = 16, kMostRows = 96, kMostWidth = 256;
+static inline bool is_tile(const Attend& job) {
+  return job.rows >= kGroup && job.rows <= kMostRows && job.head_dim <= kMostWidth;
+}
+
+// Keys of a chunk that some of the kGroup rows from `row` on see, in halves.
+static inline int64_t seen_of(const Attend& job, int64_t row, int64_t chunk) {
+  int64_t most = chunk;
+  for (int64_t r = row; r < std::min(row + kGroup, job.rows); ++r) most = std::max(most, job.high[r]);
+  return up_to_half(std::min(most - chunk, kKeyChunk));
+}
+
 // Scores of a row that sees keys [a, b) of a chunk: hides the other keys, and brings the row's peak, its
 // total and its sums to what they are beside these scores.
 static inline void raise_peak(const Attend& job, int64_t row, int64_t chunk, int64_t a, int64_t b) {
@@ -280,7 +309,7 @@ static inline void raise_peak(const Attend& job, int64_t row, int64_t chunk, int
 // a row that sees any; EXP: e to a number. Whether every row sees every key. Peaks are found for all
 // rows first: a weight that waits for its own holds up those of the rows behind it.
 template <Vec (*EXP)(Vec), class Put>
-static inline bool soften_all(const Attend& job, int64_t chunk, Put put) {
+static inline bool soften_all(const Attend& job, int64_t chunk, Put put, float* totals = nullptr) {
   bool full = true;
   const auto seen = [&](int64_t row) {
     return Range{std::max<int64_t>(job.low[row] - chunk, 0), std::min<int64_t>(job.high[row] - chunk, kKeyChunk)};
@@ -304,7 +333,9 @@ static inline bool soften_all(const Attend& job, int64_t chunk, Put put) {
       put(row, j, v, w);
       total += v + w;
     }
-    job.total[row] += add_lanes(total);
+    const float here = add_lanes(total);
+    job.total[row] += here;
+    if (totals != nullptr) totals[row] = here;
   }
   return full;
 }

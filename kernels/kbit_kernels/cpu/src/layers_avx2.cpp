@@ -21,6 +21,7 @@ namespace avx2_layer {
 #define KBIT_F16C
 #include "vec.h"
 #include "layers.inl"
+#include "attend_int16.inl"
 }  // namespace avx2_layer
 }  // namespace kbit
 
@@ -31,6 +32,8 @@ namespace avx2_layer {
 #endif
 
 const kbit::LayerKernels* const kbit::avx2_layers = &kbit::avx2_layer::kLayers;
+const kbit::LayerKernels* const kbit::avx2_int16_layers = &kbit::avx2_layer::kInt16Layers;
 #else
 const kbit::LayerKernels* const kbit::avx2_layers = nullptr;
+const kbit::LayerKernels* const kbit::avx2_int16_layers = nullptr;
 #endif

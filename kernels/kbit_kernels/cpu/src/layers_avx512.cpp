@@ -22,6 +22,7 @@ namespace avx512_layer {
 #define KBIT_F16C
 #include "vec.h"
 #include "layers.inl"
+#include "attend_int16.inl"
 #if defined(KBIT_BF16)
 #include "attend_bf16.inl"
 #endif
@@ -35,11 +36,10 @@ namespace avx512_layer {
 #endif
 
 const kbit::LayerKernels* const kbit::avx512_layers = &kbit::avx512_layer::kLayers;
-#if defined(KBIT_BF16)
 const kbit::LayerKernels* const kbit::avx512_int16_layers = &kbit::avx512_layer::kInt16Layers;
+#if defined(KBIT_BF16)
 const kbit::LayerKernels* const kbit::avx512_bf16_layers = &kbit::avx512_layer::kBf16Layers;
 #else
-const kbit::LayerKernels* const kbit::avx512_int16_layers = nullptr;
 const kbit::LayerKernels* const kbit::avx512_bf16_layers = nullptr;
 #endif
 #if defined(KBIT_AMX)

@@ -30,31 +30,34 @@ static inline Vec fma(Vec a, Vec b, Vec c) {
 #endif
 }
 
+#if KBIT_LANES == 16
+static inline float add_lanes(Vec v) { return _mm512_reduce_add_ps((__m512)v); }
+static inline float max_lanes(Vec v) { return _mm512_reduce_max_ps((__m512)v); }
+#elif KBIT_LANES == 8
+template <class F>
+static inline float fold(Vec v, F f) {
+  const __m128 four = f(_mm256_castps256_ps128((__m256)v), _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 two = f(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(f(two, _mm_movehdup_ps(two)));
+}
 static inline float add_lanes(Vec v) {
-#if KBIT_LANES == 16
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  }
-  return lanes[0];
-#endif
+  return fold(v, [](__m128 a, __m128 b) { return _mm_add_ps(a, b); });
 }
-
 static inline float max_lanes(Vec v) {
-#if KBIT_LANES == 16
-  return _mm512_reduce_max_ps((__m512)v);
-#else
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  }
-  return lanes[0];
-#endif
+  return fold(v, [](__m128 a, __m128 b) { return _mm_max_ps(a, b); });
 }
+#else
+static inline float add_lanes(Vec v) {
+  float sum = 0;
+  for (int i = 0; i < kLanes; ++i) sum += v[i];
+  return sum;
+}
+static inline float max_lanes(Vec v) {
+  float most = v[0];
+  for (int i = 1; i < kLanes; ++i) most = v[i] > most ? v[i] : most;
+  return most;
+}
+#endif
 
 // An fp16 number, its bits; not arithmetic.
 struct Half {
