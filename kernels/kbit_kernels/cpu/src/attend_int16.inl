@@ -204,7 +204,9 @@ struct Int16Attend {
       }
       Vec most = load(scores);
       for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) most = max(load(scores + j), most);
-      const float unit = std::max(std::max(max_lanes(most) * (1 / kWeight), totals[row] * (1 / kTotal)), kTiny);
+      const float of_peak = max_lanes(most) * (1 / kWeight), of_total = totals[row] * (1 / kTotal);
+      const float larger = of_peak > of_total ? of_peak : of_total;
+      const float unit = larger > kTiny ? larger : kTiny;
       weight_unit[row] = unit * value_unit;
       for (int64_t j = 0; j < kKeyChunk; j += kWide) {
         put_row(load(scores + j), load(scores + j + kLanes), 1 / unit, weights[row] + j);
