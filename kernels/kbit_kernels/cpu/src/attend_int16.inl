@@ -46,6 +46,7 @@ struct Int16Attend {
   static constexpr int kRows = kLanes == 16 ? 8 : 4, kWide = 2 * kLanes;  // of sums that fit the registers
   static constexpr float kLongest = 32500, kWeight = 32500, kTotal = 260000, kValue = 8190;  // with room to round
   static constexpr float kTiny = 1e-30f;  // no divisions by 0
+  static constexpr float kUneven = 64;    // times the mean: 7 of 13 bits are left, as in bf16
 
   // Two rows of keys or values in a lane: pairs of dimensions by keys, and pairs of keys by dimensions.
   alignas(64) int32_t keys[kMostWidth / 2][kKeyChunk];
@@ -120,16 +121,18 @@ struct Int16Attend {
     return true;
   }
 
+  // The same of values; false too if one is so much larger than most that little would be left of these.
   template <class E>
   bool load_values(const Attend& job, int64_t end, const E* from) {
     const IVec magnitude = IVec{} + 0x7fffffff;
-    IVec most = {};
+    Vec most = {}, all = {};
     for (int64_t i = 0; i < end * job.padded; i += kLanes) {
-      const IVec bits = (IVec)load(from + i) & magnitude;
-      most = bits > most ? bits : most;
+      const Vec v = (Vec)((IVec)load(from + i) & magnitude);
+      most = max(v, most);
+      all += v;
     }
-    if (!(add_lanes((Vec)most) < HUGE_VALF)) return false;  // the largest of numbers and NaN may be a number
-    const float largest = max_lanes((Vec)most);
+    const float largest = max_lanes(most), total = add_lanes(all);  // which is NaN if any is: a maximum may not be
+    if (!(total < HUGE_VALF) || largest * static_cast<float>(end * job.padded) > kUneven * total) return false;
     const float times = kValue / (largest > kTiny ? largest : kTiny);
     value_unit = largest / kValue;
     for (int64_t j = 0; j < up_to_half(end); j += 2) {
