@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not available()[0], reason=available()[1])
 LENGTH = 33
 TOLERANCE = 1e-4  # of the largest logit; fp32 weights, inputs and cache
 ROUNDING = 1e-5  # the same numbers summed in another order
-ATTENTION = 1e-3  # a prompt's in products of 16 bits
+ATTENTION = 8e-4  # a prompt's in products of 16 bits; all of these models stay within 6e-4
 VOCABULARY = 101
 ISAS = [isa for isa in library.ISAS if available()[0] and library.isa_available(isa)]
 

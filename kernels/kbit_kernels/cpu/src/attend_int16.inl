@@ -3,7 +3,8 @@
 // Queries and keys are rounded to integers whose vectors are at most kLongest long, so that no product of
 // two, nor any part of its sum, leaves 32 bits (Cauchy and Schwarz). Weights of one row and chunk add up
 // to kTotal at most, and values are kValue at most: neither do their sums. Queries and keys have a scale
-// each, values one a chunk, weights one a row and chunk.
+// each, values one a chunk, weights one a row and chunk. What this doesn't fit (NaN, infinity, a value far
+// above the others) is computed in fp32, a chunk at a time.
 
 #if KBIT_LANES == 16
 static inline Vec root(Vec x) { return (Vec)_mm512_sqrt_ps((__m512)x); }
@@ -191,7 +192,7 @@ struct Int16Attend {
     });
   }
 
-  // Scores to weights; zeros for rows that see nothing of the chunk.
+  // Scores to weights, in place and as integers; zeros for rows that see nothing of the chunk.
   void soften(const Attend& job, int64_t chunk) {
     std::memset(totals, 0, sizeof totals);
     soften_all<rough_exp>(job, chunk, [&](int64_t row, int64_t j, Vec v, Vec w) {
@@ -199,20 +200,20 @@ struct Int16Attend {
       store(job.scratch + row * kKeyChunk + j + kLanes, w);
     }, totals);
     for (int64_t row = 0; row < job.rows; ++row) {
-      const float* scores = job.scratch + row * kKeyChunk;
+      const float* exact = job.scratch + row * kKeyChunk;
       if (totals[row] == 0) {
         weight_unit[row] = 0;
         std::memset(weights[row], 0, sizeof weights[row]);
         continue;
       }
-      Vec most = load(scores);
-      for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) most = max(load(scores + j), most);
+      Vec most = load(exact);
+      for (int64_t j = kLanes; j < kKeyChunk; j += kLanes) most = max(load(exact + j), most);
       const float of_peak = max_lanes(most) * (1 / kWeight), of_total = totals[row] * (1 / kTotal);
       const float larger = of_peak > of_total ? of_peak : of_total;
       const float unit = larger > kTiny ? larger : kTiny;
       weight_unit[row] = unit * value_unit;
       for (int64_t j = 0; j < kKeyChunk; j += kWide) {
-        put_row(load(scores + j), load(scores + j + kLanes), 1 / unit, weights[row] + j);
+        put_row(load(exact + j), load(exact + j + kLanes), 1 / unit, weights[row] + j);
       }
     }
   }
